@@ -1,0 +1,106 @@
+"""The metrics: one definition each. Console, Prometheus, loggers and docs all read it from here.
+
+Names follow Prometheus: prefix ``redline_``, base units, ``_total`` for counters. ``layer`` is a parameter's qualified name,
+``name[e]`` for matrix ``e`` of a stack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from redline.numerics.tangents import METHODS
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's name, meaning and labels.
+
+    Attributes:
+        name: full name, as exported.
+        kind: gauge (the last value), counter (a running total) or info (labels alone).
+        unit: base unit, "1" for a pure number.
+        help: one line for people.
+        labels: label names, in the order in which values are given.
+        label_values: of a counter with one label, all values it can take; they exist at 0 from the start.
+        tracked: the report keeps every measurement of it, not only the last.
+    """
+
+    name: str
+    kind: Literal["gauge", "counter", "info"]
+    unit: str
+    help: str
+    labels: tuple[str, ...] = ()
+    label_values: tuple[str, ...] = ()
+    tracked: bool = False
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def _define(
+    name: str,
+    kind: Literal["gauge", "counter", "info"],
+    unit: str,
+    text: str,
+    *labels: str,
+    label_values: tuple[str, ...] = (),
+    tracked: bool = False,
+) -> Metric:
+    metric = Metric(f"redline_{name}", kind, unit, text, labels, label_values, tracked)
+    METRICS[metric.name] = metric
+    return metric
+
+
+WEIGHT_SPECTRAL_NORM = _define(
+    "weight_spectral_norm", "gauge", "1", "Top singular value of the weight matrix, sigma_1(W).", "layer", tracked=True
+)
+WEIGHT_SPECTRAL_RESIDUAL = _define(
+    "weight_spectral_residual", "gauge", "1", "Relative residual of the estimate of sigma_1(W).", "layer"
+)
+WEIGHT_STABLE_RANK = _define("weight_stable_rank", "gauge", "1", "||W||_F^2 / sigma_1(W)^2.", "layer")
+WEIGHT_SPECTRAL_CONDITION = _define(
+    "weight_spectral_condition", "gauge", "1", "sigma_1(W) / sqrt(d_out / d_in).", "layer"
+)
+UPDATE_SPECTRAL_NORM = _define(
+    "update_spectral_norm", "gauge", "1", "Top singular value of the matrix's update, sigma_1(dW).", "layer"
+)
+UPDATE_SPECTRAL_CONDITION = _define(
+    "update_spectral_condition", "gauge", "1", "sigma_1(dW) / sqrt(d_out / d_in).", "layer"
+)
+UPDATE_TO_WEIGHT_RATIO = _define(
+    "update_to_weight_ratio", "gauge", "1", "sigma_1(dW) / sigma_1(W).", "layer", tracked=True
+)
+UPDATE_NORM = _define("update_norm", "gauge", "1", "L2 norm of the step the optimizer proposed, tau.")
+GHOST_RADIUS = _define(
+    "ghost_radius", "gauge", "1", "Bound on the Taylor convergence radius along the proposed step, rho_a, as a length."
+)
+NORMALIZED_STEP_SIZE = _define(
+    "normalized_step_size", "gauge", "1", "r = tau / rho_a of the proposed step; 1 is the redline.", tracked=True
+)
+COMMITTED_STEP_SIZE = _define("committed_step_size", "gauge", "1", "r of the step as it was committed.")
+STEP_SCALE = _define("step_scale", "gauge", "1", "Factor that the controllers put on the whole step; 1 is untouched.")
+TANGENT_SAMPLES = _define("tangent_samples", "gauge", "1", "Samples of the batch over which r is the maximum.")
+BATCH_SAMPLES = _define("batch_samples", "gauge", "1", "Samples in the batch that r was measured on.")
+LOSS = _define("loss", "gauge", "1", "Training loss of the last step.")
+GRADIENT_NORM = _define("gradient_norm", "gauge", "1", "L2 norm of the gradients the optimizer was given.")
+LEARNING_RATE = _define("learning_rate", "gauge", "1", "Learning rate of the parameter group.", "optimizer", "group")
+WEIGHT_DECAY = _define("weight_decay", "gauge", "1", "Weight decay of the parameter group.", "optimizer", "group")
+OVERHEAD_RATIO = _define("overhead_ratio", "gauge", "1", "Time spent in Redline / time of training.")
+LAST_STEP_TIMESTAMP = _define(
+    "last_step_timestamp_seconds", "gauge", "seconds", "Unix time at which the last optimizer step ended."
+)
+STEPS = _define("steps_total", "counter", "1", "Optimizer steps taken.")
+INTERVENTIONS = _define(
+    "interventions_total", "counter", "1", "Steps that a controller changed.", "controller", "action"
+)
+NONFINITE = _define(
+    "nonfinite_total", "counter", "1", "Readings that were NaN or infinite.", "source",
+    label_values=("loss", "gradient", "update", "weight"),
+)  # fmt: skip
+MEASUREMENTS = _define("measurements_total", "counter", "1", "Measurements made.", "monitor")
+TANGENT_FALLBACKS = _define(
+    "tangent_fallbacks_total", "counter", "1", "Logit tangents taken by a method below forward mode.", "method",
+    label_values=METHODS[1:],
+)  # fmt: skip
+RUN_INFO = _define("run_info", "info", "1", "What is running.", "run", "version", "precision", "strategy", "world_size")

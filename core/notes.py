@@ -1,0 +1,24 @@
+"""Notes: what could not be measured or shown, said once, in words."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+from redline.errors import RedlineWarning
+
+
+class Notes:
+    """Says each thing once, as a warning, and keeps it for the report."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, None] = {}
+
+    def add(self, text: str) -> None:
+        """Say it, unless it has been said. ``text`` names what, why, and where there is one the remedy."""
+        if text not in self._said:
+            self._said[text] = None
+            warnings.warn(text, RedlineWarning, stacklevel=3)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._said)

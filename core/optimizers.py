@@ -1,0 +1,160 @@
+"""What Redline has to know of optimizers: which may only be watched, their labels, a snapshot of their state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from redline.errors import ConfigurationError
+
+# Wrappers whose inner optimizer is where steps really happen.
+_WRAPPERS = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
+
+# Optimizers that keep the weights a second time and write the parameters from there: a control would be undone.
+_SHADOW_CLASSES = (
+    "Lookahead",
+    "ScheduleFree",
+    "FP16_Optimizer",
+    "MixedPrecisionOptimizer",
+    "FP16Optimizer",
+    "BF16_Optimizer",
+)
+_SHADOW_STATE = ("master_param", "master_params", "master_weight", "slow_param", "slow_params", "slow_buffer", "z")
+
+
+def raw_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    """The optimizers behind the wrappers of Lightning, Fabric and accelerate.
+
+    Raises:
+        ConfigurationError: no optimizer, the same one twice, or something that is no torch optimizer.
+    """
+    given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    found: list[Optimizer] = []
+    for one in given:
+        while type(one).__name__ in _WRAPPERS:
+            one = one.optimizer  # type: ignore[attr-defined]
+        if not isinstance(one, Optimizer):
+            raise ConfigurationError(
+                f"got a {type(one).__name__} as optimizer; expected a torch.optim.Optimizer, whose step hooks Redline "
+                "uses. Engines that step by themselves (DeepSpeed) cannot be attached to."
+            )
+        found.append(one)
+    if not found or len({id(one) for one in found}) < len(found):
+        raise ConfigurationError(
+            f"got {len(found)} optimizers, none or one twice; expected one, or a list of distinct ones."
+        )
+    return found
+
+
+def refuse_in_backward(model: nn.Module) -> None:
+    """Refuse optimizers that step inside backward, one a parameter: there is no step to watch.
+
+    Raises:
+        ConfigurationError: if the model has any.
+    """
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "_in_backward_optimizers", None):
+            raise ConfigurationError(
+                f"got {name!r} with an optimizer applied in backward; expected optimizers that step after it: with one "
+                "step a parameter there is no joint step to measure."
+            )
+
+
+def watch_only_reason(optimizer: Optimizer) -> str | None:
+    """Why this optimizer may be monitored but not controlled, or None."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return "LBFGS moves the parameters many times within one step, and its line search would not see the control"
+    if name.startswith(_SHADOW_CLASSES):
+        return f"{name} keeps shadow weights and writes the parameters from them, which would undo the control"
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items() if isinstance(state, dict) else ():
+            if key in _SHADOW_STATE or _is_shadow(value, parameter):
+                return (
+                    f"{name} keeps shadow weights (state {key!r}) and writes the parameters from them, which would undo "
+                    "the control"
+                )
+    return None
+
+
+def _is_shadow(value: Any, parameter: Any) -> bool:
+    """Whether a state tensor is a copy of the parameter, such as a float32 master."""
+    if not (isinstance(value, Tensor) and isinstance(parameter, Tensor)):
+        return False
+    if value.shape != parameter.shape or not value.any():
+        return False
+    return torch.equal(value.to(parameter.dtype), parameter.detach())
+
+
+def optimizer_labels(optimizers: Sequence[Optimizer]) -> list[str]:
+    """A label each: the class name, numbered where it occurs twice."""
+    return numbered([type(optimizer).__name__ for optimizer in optimizers])
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, with ``-2``, ``-3``, ... behind those that occur again."""
+    return [
+        name if (seen := names[:i].count(name)) == 0 else f"{name}-{seen + 1}" for i, name in enumerate(list(names))
+    ]
+
+
+def gradient_norm(optimizer: Optimizer, parameters: Iterable[Tensor]) -> Tensor | None:
+    """L2 norm of the gradients, 0-d, or None if there are none.
+
+    Sparse gradients count by their values; half precision is summed in float32; what a fused optimizer still has to
+    unscale under AMP is unscaled.
+    """
+    gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return None
+    dense = [g.coalesce().values() if g.layout == torch.sparse_coo else g for g in gradients]
+    wide = [g for g in dense if g.dtype not in (torch.float16, torch.bfloat16)]
+    norms = [
+        torch.linalg.vector_norm(g, dtype=torch.float32) for g in dense if g.dtype in (torch.float16, torch.bfloat16)
+    ]
+    if wide:
+        norms.append(torch.nn.utils.get_total_norm(wide))
+    norm = norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
+    scale = getattr(optimizer, "grad_scale", None)
+    return norm if scale is None else norm / scale.to(norm.device)
+
+
+class OptimizerState:
+    """A snapshot of an optimizer's state and group settings, to be put back after a rejected step."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._state = {p: {k: _copy(v) for k, v in state.items()} for p, state in optimizer.state.items()}
+        self._groups = [
+            {key: _copy(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
+
+    def restore(self) -> None:
+        """Put it back: tensors in place where they are still there, entries the step created removed."""
+        state = self._optimizer.state
+        for parameter in [p for p in state if p not in self._state]:
+            del state[parameter]
+        for parameter, kept in self._state.items():
+            _restore(state[parameter], kept)
+        for group, kept_group in zip(self._optimizer.param_groups, self._groups, strict=True):
+            _restore(group, kept_group, spare=("params",))
+
+
+def _restore(current: dict[Any, Any], kept: dict[Any, Any], spare: tuple[str, ...] = ()) -> None:
+    for key in [key for key in current if key not in kept and key not in spare]:
+        del current[key]
+    for key, value in kept.items():
+        present = current.get(key)
+        if isinstance(value, Tensor) and isinstance(present, Tensor) and present.shape == value.shape:
+            present.copy_(value)
+        else:
+            current[key] = value
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)

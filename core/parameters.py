@@ -1,0 +1,129 @@
+"""Names of parameters, and the matrices among them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from redline.errors import ConfigurationError
+from redline.notes import Notes
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class MatrixLayer:
+    """One matrix to measure: a parameter, or one matrix of a stack of them.
+
+    Attributes:
+        name: the label ``layer``: the parameter's qualified name, ``name[e]`` for matrix ``e`` of a stack.
+        parameter: the parameter's qualified name.
+        d_out: rows.
+        d_in: columns; all the input channels and taps of a convolution.
+        index: place in the stack, or None.
+        transposed: a transposed convolution, whose parameter has its inputs first.
+    """
+
+    name: str
+    parameter: str
+    d_out: int
+    d_in: int
+    index: int | None = None
+    transposed: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The ``(d_out, d_in)`` view of a tensor of the parameter's shape: the weight itself, or its update."""
+        tensor = tensor.detach()
+        if self.index is not None:
+            tensor = tensor.reshape(-1, self.d_out, self.d_in)[self.index]
+        if self.transposed:
+            tensor = tensor.transpose(0, 1)
+        return tensor.reshape(self.d_out, self.d_in)
+
+
+def matrix_layers(model: nn.Module, notes: Notes) -> list[MatrixLayer]:
+    """All matrices of the model, tied parameters once, in the order of ``named_parameters``.
+
+    Convolutions are ``(out, in * taps)``; a 3-D parameter of any other module is a stack of matrices. Vectors (one
+    dimension, or only one that is not 1) are not measured; what cannot be is noted by name.
+    """
+    convolutions = {
+        id(module.weight): isinstance(module, _TRANSPOSED)
+        for module in model.modules()
+        if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)) and "weight" in module._parameters
+    }
+    layers: list[MatrixLayer] = []
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ConfigurationError(
+                f"got the lazy parameter {name!r}, not initialized yet; expected one with a shape: run one forward pass "
+                "before attaching."
+            )
+        if hasattr(parameter, "placements"):
+            notes.add(f"{name} is sharded (DTensor): its spectrum is not measured.")
+            continue
+        if not parameter.is_floating_point():
+            notes.add(f"{name} is {parameter.dtype}: only floating-point matrices are measured.")
+            continue
+        layers += _layers_of(name, parameter, convolutions.get(id(parameter)))
+    return layers
+
+
+def _layers_of(name: str, parameter: Tensor, transposed: bool | None) -> list[MatrixLayer]:
+    shape = tuple(parameter.shape)
+    if parameter.dim() < 2 or parameter.numel() == 0:
+        return []
+    if transposed is not None:
+        d_out, inputs = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+        return [MatrixLayer(name, name, d_out, inputs * math.prod(shape[2:]), transposed=bool(transposed))]
+    if parameter.dim() == 2:
+        return [MatrixLayer(name, name, *shape)]
+    sides = [side for side in shape if side != 1]
+    if len(sides) < 2:
+        return []  # a class token, a scale: a vector in more dimensions
+    if len(sides) == 2:
+        return [MatrixLayer(name, name, *sides)]  # such as position embeddings (1, time, width)
+    stack = math.prod(shape[:-2])
+    return [MatrixLayer(f"{name}[{e}]", name, shape[-2], shape[-1], index=e) for e in range(stack)]
+
+
+class ParameterNames:
+    """Qualified names of the parameters that the optimizers hold."""
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], notes: Notes) -> None:
+        self._model, self._notes = model, notes
+        self._names: dict[int, str] = {}
+        self._refresh()
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        if not held & self._names.keys():
+            raise ConfigurationError(
+                f"got a model ({type(model).__name__}) none of whose {len(self._names)} parameters is in the optimizer; "
+                "expected the model that it trains. Was the optimizer made before the model was copied, moved or "
+                "wrapped?"
+            )
+
+    def of(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """The parameters that a step of this optimizer can move, by name; read anew, since groups can be added."""
+        found: dict[str, Tensor] = {}
+        for g, group in enumerate(optimizer.param_groups):
+            for k, parameter in enumerate(group["params"]):
+                if not parameter.requires_grad and parameter.grad is None:
+                    continue
+                if id(parameter) not in self._names:
+                    self._refresh()
+                if id(parameter) not in self._names:
+                    name = self._names[id(parameter)] = f"{type(optimizer).__name__}[{g}][{k}]"
+                    self._notes.add(
+                        f"{name} is in the optimizer but not in the model: it counts in the update's norm, not in the "
+                        "ghost radius."
+                    )
+                found[self._names[id(parameter)]] = parameter
+        return found
+
+    def _refresh(self) -> None:
+        self._names.update({id(parameter): name for name, parameter in self._model.named_parameters()})

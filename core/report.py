@@ -1,0 +1,219 @@
+"""The stability report: what a run's measurements come to, with a verdict in words."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from redline import metrics
+from redline.controller import Intervention
+from redline.history import RunHistory
+from redline.readings import RunInfo, Snapshot
+
+NEAR = 0.5
+"""From this r on a step is called near the redline: half of what the bound allows."""
+_BIN_EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """The distribution of the normalized step size r over the run's measurements.
+
+    Attributes:
+        measured: how often; of these ``nonfinite`` were NaN or infinite and are in no other figure.
+        samples: samples of the batch the last r is the maximum over, of ``batch`` in it.
+        method: how the last-resort share of tangents was taken: method to count, forward mode included.
+        histogram: ``(from, to, count)`` of r.
+    """
+
+    measured: int
+    nonfinite: int
+    samples: int
+    batch: int
+    method: dict[str, int]
+    median: float
+    p95: float
+    highest: float
+    highest_step: int
+    near: int
+    over: int
+    histogram: tuple[tuple[float, float, int], ...]
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One matrix over the run: its spectral norm and the hardest update it took; None for what was not measured."""
+
+    name: str
+    spectral_norm: float
+    growth: float | None
+    condition: float | None
+    stable_rank: float | None
+    hardest_update: float | None
+    hardest_step: int | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One finding: how bad it is, what was seen and what to do about it."""
+
+    level: Literal["good", "watch", "bad"]
+    text: str
+
+
+@dataclass(frozen=True)
+class StabilityReport:
+    """What a run's measurements come to. ``rich.print(report)`` shows it; ``to_dict()`` gives it as plain data.
+
+    Attributes:
+        run: what ran.
+        steps: optimizer steps.
+        seconds: from the first step to the last.
+        overhead_ratio: time in Redline / time of training; None before the first measurement.
+        first_loss, last_loss: as observed, or None.
+        step_sizes: the distribution of r, or None if it was never measured.
+        layers: every matrix, the hardest pushed first.
+        nonfinite: source to count.
+        interventions: ``(controller, action, count)``.
+        notes: what could not be measured, in words.
+        verdicts: worst first.
+    """
+
+    run: RunInfo
+    steps: int
+    seconds: float
+    overhead_ratio: float | None
+    first_loss: float | None
+    last_loss: float | None
+    step_sizes: StepSizes | None
+    layers: tuple[LayerSummary, ...]
+    nonfinite: dict[str, int]
+    interventions: tuple[tuple[str, str, int], ...]
+    notes: tuple[str, ...]
+    verdicts: tuple[Verdict, ...]
+
+    @classmethod
+    def of(
+        cls,
+        snapshot: Snapshot,
+        history: RunHistory,
+        interventions: Sequence[Intervention],
+        notes: tuple[str, ...],
+        seconds: float,
+    ) -> StabilityReport:
+        """Sum up a run."""
+        loss = history.course(metrics.LOSS.name)
+        sizes = _step_sizes(snapshot, history)
+        nonfinite = {labels[0]: int(count) for labels, count in snapshot.series(metrics.NONFINITE.name).items()}
+        layers = _layers(snapshot, history)
+        steps = int(snapshot.value(metrics.STEPS.name))
+        pairs = [(one.controller, one.action) for one in interventions]
+        overhead = snapshot.series(metrics.OVERHEAD_RATIO.name).get(())
+        return cls(
+            run=snapshot.run,
+            steps=steps,
+            seconds=seconds,
+            overhead_ratio=overhead if steps else None,
+            first_loss=loss.first if loss else None,
+            last_loss=loss.last if loss else None,
+            step_sizes=sizes,
+            layers=layers,
+            nonfinite=nonfinite,
+            interventions=tuple((*pair, pairs.count(pair)) for pair in dict.fromkeys(pairs)),
+            notes=notes,
+            verdicts=_verdicts(sizes, nonfinite, steps),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, numbers and strings."""
+        return asdict(self)
+
+    def __rich__(self) -> Any:
+        from redline.report_view import report_view  # rich is loaded only by who prints
+
+        return report_view(self)
+
+
+def _step_sizes(snapshot: Snapshot, history: RunHistory) -> StepSizes | None:
+    course = history.course(metrics.NORMALIZED_STEP_SIZE.name)
+    if course is None:
+        return None
+    every = [value for _, value in history.step_sizes]
+    finite = sorted(value for value in every if math.isfinite(value)) or [math.nan]
+    bins = zip(_BIN_EDGES, _BIN_EDGES[1:], strict=False)
+    fallbacks = {labels[0]: int(n) for labels, n in snapshot.series(metrics.TANGENT_FALLBACKS.name).items() if n}
+    return StepSizes(
+        measured=len(every),
+        nonfinite=len(every) - sum(map(math.isfinite, every)),
+        samples=int(snapshot.series(metrics.TANGENT_SAMPLES.name).get((), 0)),
+        batch=int(snapshot.series(metrics.BATCH_SAMPLES.name).get((), 0)),
+        method=fallbacks or {"forward_mode": len(every)},
+        median=statistics.median(finite),
+        p95=finite[math.ceil(0.95 * len(finite)) - 1],
+        highest=course.highest,
+        highest_step=course.highest_step,
+        near=sum(NEAR <= value < 1 for value in finite),
+        over=sum(value >= 1 for value in finite),
+        histogram=tuple((low, high, sum(low <= value < high for value in finite)) for low, high in bins),
+    )
+
+
+def _layers(snapshot: Snapshot, history: RunHistory) -> tuple[LayerSummary, ...]:
+    ratios = history.layers(metrics.UPDATE_TO_WEIGHT_RATIO.name)
+    conditions = snapshot.layers(metrics.WEIGHT_SPECTRAL_CONDITION.name)
+    ranks = snapshot.layers(metrics.WEIGHT_STABLE_RANK.name)
+    found = [
+        LayerSummary(
+            name=name,
+            spectral_norm=course.last,
+            growth=course.last / course.first if course.first else None,
+            condition=conditions.get(name),
+            stable_rank=ranks.get(name),
+            hardest_update=ratios[name].highest if name in ratios else None,
+            hardest_step=ratios[name].highest_step if name in ratios else None,
+        )
+        for name, course in history.layers(metrics.WEIGHT_SPECTRAL_NORM.name).items()
+    ]
+    return tuple(sorted(found, key=lambda layer: -(layer.hardest_update or 0.0)))
+
+
+def _verdicts(sizes: StepSizes | None, nonfinite: dict[str, int], steps: int) -> tuple[Verdict, ...]:
+    found: list[Verdict] = []
+    if broken := {source: count for source, count in nonfinite.items() if count}:
+        sources = ", ".join(f"{source} {count} times" for source, count in broken.items())
+        found.append(
+            Verdict("bad", f"Values were not finite: {sources}. Look at the data and the rate of those steps first.")
+        )
+    if not steps:
+        found.append(Verdict("watch", "No optimizer step was taken."))
+    elif sizes is None:
+        found.append(Verdict("watch", "The step size r was not measured, so nothing is said of the redline."))
+    elif sizes.over:
+        found.append(
+            Verdict(
+                "bad",
+                f"Over the redline: {sizes.over} of {sizes.measured} measured steps had r >= 1, the longest "
+                f"r = {sizes.highest:.3g} at step {sizes.highest_step}. The loss cannot be trusted to follow such steps: "
+                "lower the rate, lengthen the warm-up, or clamp the step.",
+            )
+        )
+    elif sizes.near:
+        found.append(
+            Verdict(
+                "watch",
+                f"Near the redline: the longest measured step had r = {sizes.highest:.3g} (step {sizes.highest_step}), and "
+                f"{sizes.near} of {sizes.measured} were at {NEAR} or more. There is little room for a higher rate.",
+            )
+        )
+    elif math.isfinite(sizes.highest):
+        found.append(
+            Verdict(
+                "good",
+                f"Within limits: the longest of {sizes.measured} measured steps had r = {sizes.highest:.3g} (step "
+                f"{sizes.highest_step}), {1 / max(sizes.highest, 1e-12):.3g} times shorter than the redline.",
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,108 @@
+"""How a stability report looks on a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from redline.report import LayerSummary, StabilityReport, StepSizes
+
+_STYLES = {"good": "green", "watch": "yellow", "bad": "bold red"}
+_MARKS = {"good": "✓", "watch": "!", "bad": "✗"}
+_MOST_LAYERS = 8
+_BAR = 24
+
+
+def report_view(report: StabilityReport) -> RenderableType:
+    """The whole report as one rich renderable."""
+    parts: list[RenderableType] = [
+        Text.assemble((f"{_MARKS[verdict.level]} ", _STYLES[verdict.level]), (verdict.text, _STYLES[verdict.level]))
+        for verdict in report.verdicts
+    ]
+    parts += [Text(), _facts(report)]
+    if report.step_sizes:
+        parts += [Text(), _distribution(report.step_sizes)]
+    if report.layers:
+        parts += [Text(), _worst_layers(report.layers)]
+    if report.interventions:
+        parts += [Text(), Text("What the controllers did", style="bold")]
+        parts += [Text(f"  {name}: {action} at {count} steps") for name, action, count in report.interventions]
+    if report.notes:
+        parts += [Text(), Text("Not measured, and why", style="bold"), *(Text(f"  · {note}") for note in report.notes)]
+    return Panel(
+        Group(*parts), title="redline · stability report", title_align="left", border_style="red", padding=(1, 2)
+    )
+
+
+def number(value: float | None) -> str:
+    """A figure of three digits, or a dash for what was not measured."""
+    return "–" if value is None else f"{value:.3g}"
+
+
+def step_size_style(value: float) -> str:
+    """Green below half the redline, yellow below it, red from it on."""
+    return "green" if value < 0.5 else "yellow" if value < 1 else "bold red"
+
+
+def _facts(report: StabilityReport) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("run", report.run.run)
+    rate = f"  ({report.steps / report.seconds:.3g} steps/s)" if report.seconds else ""
+    table.add_row("steps", f"{report.steps} in {report.seconds:.1f} s{rate}")
+    if report.last_loss is not None:
+        table.add_row("loss", f"{number(report.first_loss)} → {number(report.last_loss)}")
+    table.add_row("not finite", ", ".join(f"{source} {count}" for source, count in report.nonfinite.items()))
+    if report.overhead_ratio is not None:
+        table.add_row("overhead", f"{report.overhead_ratio:.1%} of training time was spent in Redline")
+    return table
+
+
+def _distribution(sizes: StepSizes) -> RenderableType:
+    over = f"over {sizes.samples} of {sizes.batch} samples" if sizes.samples else ""
+    method = ", ".join(f"{name.replace('_', ' ')}" for name in sizes.method)
+    heading = Text.assemble(
+        ("Step size r", "bold"),
+        f"  median {number(sizes.median)} · p95 {number(sizes.p95)} · highest {number(sizes.highest)} at step "
+        f"{sizes.highest_step}",
+        (f"\n{sizes.measured} measurements, each {over}, by {method}; 1 is the redline", "dim"),
+    )
+    table = Table.grid(padding=(0, 1))
+    table.add_column(justify="right", style="dim")
+    table.add_column()
+    table.add_column(justify="right")
+    tallest = max(count for _, _, count in sizes.histogram) or 1
+    for low, high, count in sizes.histogram:
+        name = f"{low:g} – {high:g}" if high != float("inf") else f"{low:g} and more"
+        bar = "█" * max(round(count / tallest * _BAR), 1 if count else 0)
+        table.add_row(name, Text(bar, style=step_size_style(low if low else 0.0)), str(count) if count else "")
+    return Group(heading, table)
+
+
+def _worst_layers(layers: tuple[LayerSummary, ...]) -> Table:
+    shown = layers[:_MOST_LAYERS]
+    more = f", {len(layers) - len(shown)} more not shown" if len(layers) > len(shown) else ""
+    table = Table(
+        box=None,
+        pad_edge=False,
+        title=f"Layers, the hardest pushed first{more}",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("layer", style="cyan", overflow="fold")
+    for heading in ("σ₁(W)", "growth", "condition", "stable rank", "hardest σ₁(ΔW)/σ₁(W)", "at step"):
+        table.add_column(heading, justify="right")
+    for layer in shown:
+        table.add_row(
+            layer.name,
+            number(layer.spectral_norm),
+            "–" if layer.growth is None else f"×{layer.growth:.3g}",
+            number(layer.condition),
+            number(layer.stable_rank),
+            number(layer.hardest_update),
+            "–" if layer.hardest_step is None else str(layer.hardest_step),
+        )
+    return table

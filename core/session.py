@@ -1,0 +1,466 @@
+"""The session: everything that happens around one step of training, in the order in which it happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from redline import metrics
+from redline.capture import ForwardCapture, unwrapped
+from redline.controller import Controller, Decision, Intervention, Reject, Scale
+from redline.errors import ConfigurationError, ControllerError, StepRejectedError
+from redline.history import RunHistory
+from redline.hooks import OptimizerHooks
+from redline.monitor import Monitor, Need
+from redline.notes import Notes
+from redline.optimizers import (
+    OptimizerState,
+    gradient_norm,
+    numbered,
+    optimizer_labels,
+    refuse_in_backward,
+    watch_only_reason,
+)
+from redline.parameters import ParameterNames, matrix_layers
+from redline.readings import Readings, RunInfo, Snapshot
+from redline.report import StabilityReport
+from redline.sink import Sink
+from redline.spectrum_tracker import SpectrumTracker
+from redline.step import Step
+from redline.tangent_probe import TangentProbe
+from redline.transaction import StepTransaction
+
+_SEED = 0x5EED  # of Redline's own random columns; the run's streams are never drawn from
+
+
+class Session:
+    """Drives monitors, controllers and sinks along a run. Made by ``redline.attach`` and by the trainers' callbacks.
+
+    The training loop, and what happens in it::
+
+        output = model(x)                  before_forward: a joint step still open is concluded as it stands;
+                                           the inputs are kept, if the next step's tangent is due
+        loss.backward()
+        optimizer.step()
+            before_update                  theta_before is copied, if someone needs the update;
+                                           controllers may withhold the gradients
+            (the optimizer's own update)
+            after_update                   when each optimizer has stepped, the step is concluded:
+                _measure                       monitors read the step as proposed
+                _decide                        controllers scale, or reject; the transaction commits
+                _measure                       monitors read what was committed
+                _publish                       when a sink is due, one copy to the host and a snapshot to it
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        *,
+        monitors: Sequence[Monitor],
+        controllers: Sequence[Controller],
+        sinks: Sequence[Sink],
+        logits: Callable[[Any], Any] | None,
+        batch_dim: int,
+        module: str | None,
+        run: RunInfo,
+    ) -> None:
+        """Attach; see ``redline.attach`` for the arguments."""
+        self._run = run
+        self._notes = Notes()
+        self._model = unwrapped(model)
+        self._optimizers = list(optimizers)
+        self._monitors = _named(monitors, "monitor", "measure")
+        self._controllers = _named(controllers, "controller", "inspect")
+        self._sinks = _named(sinks, "sink", "emit")
+        refuse_in_backward(self._model)
+        if self._controllers:
+            self._refuse_watch_only()
+        self._names = ParameterNames(self._model, self._optimizers, self._notes)
+        self._layers = matrix_layers(self._model, self._notes)
+        self._labels = optimizer_labels(self._optimizers)
+
+        self._history = RunHistory()
+        self._readings = Readings(self._history.record)
+        self._weight_spectra = SpectrumTracker(_SEED)
+        self._transaction = StepTransaction()
+        self._interventions: list[Intervention] = []
+        self._states_checked = False
+        self._closed = False
+        for name, _ in self._monitors:
+            self._readings.count(metrics.MEASUREMENTS, 0, name)
+
+        self._index = 0
+        self._step: Step | None = None
+        self._due: list[tuple[str, Monitor]] = []
+        self._needs = Need.NOTHING
+        self._updating: Optimizer | None = None
+        self._stepped: list[Optimizer] = []
+        self._states: list[OptimizerState] = []
+        self._loss: Tensor | None = None
+
+        self._depth, self._own_time = 0, 0.0
+        self._first_event: float | None = None
+        self._last_event = 0.0
+
+        self._capture = ForwardCapture(model, module, self.before_forward)
+        self._probe = TangentProbe(self._capture, logits, batch_dim, self._notes)
+        self._hooks = [OptimizerHooks(optimizer, self) for optimizer in self._optimizers]
+        self._arm()
+        self._snapshot = self._readings.fetch(run)
+        for name, sink in list(self._sinks):
+            self._tell(name, sink, lambda sink=sink: sink.open(run))
+
+    # What users call ------------------------------------------------------------------------------------------------
+
+    def observe(self, *, loss: Tensor | float) -> None:
+        """Tell the session the loss of the step to come; call it before ``optimizer.step()``.
+
+        Args:
+            loss: 0-d tensor on any device, or a float. It is not waited for.
+        """
+        loss = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+        if loss.numel() != 1:
+            raise ConfigurationError(
+                f"got a loss of shape {tuple(loss.shape)}; expected a single number, such as loss.mean()."
+            )
+        self._loss = loss.reshape(())
+
+    @property
+    def latest(self) -> Snapshot:
+        """Everything measured so far, fetched from the device now if it has not been."""
+        if self._snapshot.step != self._readings.step:
+            with self._at_work():
+                self._fetch()
+        return self._snapshot
+
+    @property
+    def interventions(self) -> tuple[Intervention, ...]:
+        """What the controllers did, oldest first."""
+        return tuple(self._interventions)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be measured or shown, in words, each said once."""
+        return tuple(self._notes)
+
+    def report(self) -> StabilityReport:
+        """The stability report so far; print it with ``rich.print``, or take ``.to_dict()``."""
+        snapshot = self.latest
+        seconds = self._last_event - (self._first_event or self._last_event)
+        return StabilityReport.of(snapshot, self._history, self._interventions, tuple(self._notes), seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: step count, counters, history, and the state of monitors and controllers."""
+        _ = self.latest
+        return {
+            "version": 1,
+            "index": self._index,
+            "readings": self._readings.state_dict(),
+            "history": self._history.state_dict(),
+            "interventions": [
+                vars(intervention) | {"saw": dict(intervention.saw)} for intervention in self._interventions
+            ],
+            "weight_spectra": self._weight_spectra.state_dict(),
+            "probe": self._probe.state_dict(),
+            "monitors": {name: monitor.state_dict() for name, monitor in self._monitors},
+            "controllers": {name: controller.state_dict() for name, controller in self._controllers},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken; monitors and controllers that were not there start fresh.
+
+        Raises:
+            ConfigurationError: the state is of a version this Redline does not know.
+        """
+        if state.get("version") != 1:
+            raise ConfigurationError(
+                f"got a session state of version {state.get('version')!r}; expected 1. Was it written by a newer Redline?"
+            )
+        self._index = state["index"]
+        self._readings.load_state_dict(state["readings"])
+        self._history.load_state_dict(state["history"])
+        self._interventions = [Intervention(**entry) for entry in state["interventions"]]
+        self._weight_spectra.load_state_dict(state["weight_spectra"])
+        self._probe.load_state_dict(state["probe"])
+        for kind, plugins in (("monitors", self._monitors), ("controllers", self._controllers)):
+            for name, plugin in plugins:
+                if name in state[kind]:
+                    plugin.load_state_dict(state[kind][name])
+        self._snapshot = self._readings.fetch(self._run)
+        self._arm()
+
+    def close(self) -> None:
+        """Conclude an open step, take every hook off and let the sinks finish. Calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            with self._at_work():
+                if self._stepped:
+                    self._conclude()
+        finally:
+            self._discard()
+            for hooks in self._hooks:
+                hooks.remove()
+            self._capture.remove()
+            report = self.report()
+            for name, sink in list(self._sinks):
+                self._tell(name, sink, lambda sink=sink: sink.close(report))
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # The step, in order ---------------------------------------------------------------------------------------------
+
+    def before_forward(self) -> None:
+        """The model is about to be called in training: a joint step still open has ended."""
+        if self._first_event is None:
+            self._first_event = time.perf_counter()
+        if self._stepped and self._updating is None:  # within an update it is a closure that is called again
+            with self._at_work():
+                self._conclude()
+
+    def before_update(self, optimizer: Optimizer) -> None:
+        """After backward, before this optimizer's update."""
+        with self._at_work():
+            if self._updating is not None:
+                self._discard()  # the last update raised, and was given up
+            if optimizer in self._stepped:
+                self._conclude()  # others were skipped
+            step = self._step or self._begin()
+            parameters = self._names.of(optimizer)
+            if Need.GRADIENTS in self._needs:
+                norm = gradient_norm(optimizer, parameters.values())
+                if norm is not None:
+                    step.gradient_norm = norm if step.gradient_norm is None else torch.hypot(step.gradient_norm, norm)
+            for name, controller in [] if step.withheld else self._controllers:
+                withheld = self._ask(name, lambda controller=controller: controller.before_update(step))
+                if withheld is not None:
+                    step.withheld = True
+                    self._trace(name, "withhold", withheld)
+                    break
+            if step.withheld:
+                self._transaction.withhold(parameters.values())
+            if Need.UPDATE in self._needs:
+                self._transaction.save(parameters)
+            if any(controller.snapshots_state for _, controller in self._controllers):
+                self._states.append(OptimizerState(optimizer))
+            self._updating = optimizer
+
+    def after_update(self, optimizer: Optimizer) -> None:
+        """After this optimizer's update."""
+        with self._at_work():
+            self._updating = None
+            self._transaction.return_gradients()
+            self._stepped.append(optimizer)
+            if len(self._stepped) == len(self._optimizers):
+                self._conclude()
+
+    def _begin(self) -> Step:
+        self._readings.step = self._index
+        self._due = [(name, monitor) for name, monitor in self._monitors if monitor.due(self._index)]
+        self._needs = Need.NOTHING
+        for _, plugin in (*self._due, *self._controllers):
+            self._needs |= plugin.needs
+        groups = [
+            (label, str(group.get("name", k)), group)
+            for label, optimizer in zip(self._labels, self._optimizers, strict=True)
+            for k, group in enumerate(optimizer.param_groups)
+        ]
+        self._step = Step(
+            self._index,
+            groups,
+            self._layers,
+            lambda: dict(self._model.named_parameters()),
+            self._transaction.update,
+            self._take_tangent,
+            lambda tolerance: self._weight_spectra.measure(
+                self._layers, dict(self._model.named_parameters()), tolerance
+            ),
+        )
+        return self._step
+
+    def _conclude(self) -> None:
+        """All optimizers have stepped, or those that will: measure, decide, commit, publish."""
+        step = self._step
+        assert step is not None
+        step.loss, self._loss = self._loss, None
+        try:
+            self._measure(step, after_commit=False)
+            self._decide(step)
+            self._measure(step, after_commit=True)
+        finally:
+            self._discard()
+            self._readings.count(metrics.STEPS)
+            self._readings.gauge(metrics.LAST_STEP_TIMESTAMP, time.time())
+            self._index += 1
+            self._arm()
+        self._publish(step.index)
+
+    def _measure(self, step: Step, *, after_commit: bool) -> None:
+        for name, monitor in self._due:
+            if monitor.after_commit is not after_commit or (step.withheld and Need.UPDATE in monitor.needs):
+                continue
+            try:
+                monitor.measure(step, self._readings)
+            except ConfigurationError:
+                raise
+            except Exception as error:  # noqa: BLE001 observing must not end a run
+                self._notes.add(f"{name} could not measure a step: {type(error).__name__}: {error}")
+            else:
+                self._readings.count(metrics.MEASUREMENTS, 1, name)
+
+    def _decide(self, step: Step) -> None:
+        if self._controllers and not self._states_checked:
+            self._refuse_watch_only()  # shadow weights show only once the state is there
+            self._states_checked = True
+        scale, size = 1.0, step.normalized_step_size
+        if step.withheld:
+            self._readings.gauge(metrics.STEP_SCALE, 0.0)
+            return
+        for per_parameter in (True, False):
+            for name, controller in self._controllers:
+                if controller.per_parameter is not per_parameter:
+                    continue
+                decisions = self._ask(name, lambda controller=controller: list(controller.inspect(step)))
+                size = step.normalized_step_size if step.normalized_step_size is not None else size
+                for decision in decisions:
+                    if isinstance(decision, Reject):
+                        self._trace(name, "reject", decision)
+                        self._reject(name, controller, decision)
+                        step.parameters_moved()
+                        self._readings.gauge(metrics.STEP_SCALE, 0.0)
+                        return
+                    if decision.factor == 1:
+                        continue
+                    self._trace(name, "scale", decision)
+                    step.parameters_moved()
+                    if decision.parameter is None:
+                        self._transaction.scale(decision.factor)
+                        scale *= decision.factor
+                        size = None if size is None else size * decision.factor
+                    else:
+                        self._transaction.scale(decision.factor, [decision.parameter])
+                        size = None  # r of what is left is known only if someone measures it
+        self._readings.gauge(metrics.STEP_SCALE, scale)
+        if size is not None:
+            self._readings.gauge(metrics.COMMITTED_STEP_SIZE, size)
+
+    def _reject(self, name: str, controller: Controller, decision: Reject) -> None:
+        self._transaction.scale(0)
+        if not controller.snapshots_state:
+            raise StepRejectedError(
+                f"{name} rejected step {self._index}: {decision.reason} The parameters are as they were before the step; "
+                "the optimizer's moments are not, so the run is stopped. Go on from a checkpoint, or use a controller "
+                "that keeps a snapshot of the optimizer's state."
+            )
+        for state in self._states:
+            state.restore()
+
+    def _publish(self, index: int) -> None:
+        due = [(name, sink) for name, sink in self._sinks if sink.due(index)]
+        if due or self._readings.overflowing:
+            self._fetch()
+        for name, sink in due:
+            self._tell(name, sink, lambda sink=sink: sink.emit(self._snapshot))
+
+    def _discard(self) -> None:
+        """Let go of everything that belongs to one step."""
+        self._transaction.close()
+        self._capture.forget()
+        self._step, self._due, self._updating = None, [], None
+        self._stepped, self._states = [], []
+
+    # Services -------------------------------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """Keep the next forward's inputs only if somebody will ask for a tangent."""
+        plugins = [monitor for _, monitor in self._monitors if monitor.due(self._index)]
+        needs = [plugin.needs for plugin in (*plugins, *(controller for _, controller in self._controllers))]
+        self._capture.armed = any(Need.TANGENT in need for need in needs)
+
+    def _take_tangent(self, update: Mapping[str, Tensor], max_samples: int | None) -> Any:
+        taken = self._probe.measure(self._transaction.parameters, self._transaction.before, update, max_samples)
+        if taken is not None and taken.method in metrics.TANGENT_FALLBACKS.label_values:
+            self._readings.count(metrics.TANGENT_FALLBACKS, 1, taken.method)
+        return taken
+
+    def _ask(self, name: str, question: Callable[[], Any]) -> Any:
+        try:
+            return question()
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            raise ControllerError(
+                f"{name} failed at step {self._index} with {type(error).__name__}: {error}. The parameters are as the "
+                "optimizer left them."
+            ) from error
+
+    def _trace(self, name: str, action: str, decision: Decision | Any) -> None:
+        self._interventions.append(Intervention(self._index, name, action, decision.reason, dict(decision.saw)))
+        self._readings.count(metrics.INTERVENTIONS, 1, name, action)
+
+    def _refuse_watch_only(self) -> None:
+        for optimizer in self._optimizers:
+            if reason := watch_only_reason(optimizer):
+                raise ConfigurationError(
+                    f"got controllers on {type(optimizer).__name__}, which may only be monitored: {reason}. Leave "
+                    "controllers out."
+                )
+
+    def _tell(self, name: str, sink: Sink, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 no run dies because it could not be shown
+            self._sinks = [(other, kept) for other, kept in self._sinks if kept is not sink]
+            self._notes.add(f"{name} failed and is switched off: {type(error).__name__}: {error}")
+
+    def _fetch(self) -> None:
+        self._readings.gauge(metrics.OVERHEAD_RATIO, self._overhead())
+        self._snapshot = self._readings.fetch(self._run)
+
+    def _overhead(self) -> float:
+        now = time.perf_counter()
+        own = self._own_time + (now - self._last_event if self._depth else 0.0)
+        training = now - (self._first_event or now) - own
+        return own / training if training > 0 else 0.0
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Redline's own time: no gradients are recorded, and it is counted as overhead."""
+        start = time.perf_counter()
+        if self._first_event is None:
+            self._first_event = start
+        if self._depth == 0:
+            self._last_event = start
+        self._depth += 1
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._last_event = time.perf_counter()
+                self._own_time += self._last_event - start
+
+
+def _named(plugins: Sequence[Any], kind: str, method: str) -> list[tuple[str, Any]]:
+    """Each with a name of its own: the class name, numbered where it occurs twice."""
+    for plugin in plugins:
+        if isinstance(plugin, type) or not hasattr(plugin, method):
+            what = f"the class {plugin.__name__}" if isinstance(plugin, type) else f"a {type(plugin).__name__}"
+            raise ConfigurationError(f"got {what} as {kind}; expected an instance with a method `{method}`.")
+    return list(zip(numbered([type(plugin).__name__ for plugin in plugins]), plugins, strict=True))

@@ -1,0 +1,33 @@
+"""What a sink is: it is handed snapshots and shows them somewhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from redline.schedules import Schedule, as_schedule
+
+if TYPE_CHECKING:
+    from redline.readings import RunInfo, Snapshot
+    from redline.report import StabilityReport
+
+
+class Sink:
+    """Base of all sinks. Laws:
+
+    - It is handed immutable values only, and cannot change the run.
+    - One that raises is switched off with a warning; the run goes on.
+    - It can be pickled: handles of servers and files are made in ``open`` and left out of pickles.
+    """
+
+    def __init__(self, every: int | Schedule) -> None:
+        """``every``: an int, "every n steps", or a callable ``step -> bool``; steps count from 0."""
+        self.due = as_schedule(every)
+
+    def open(self, run: RunInfo) -> None:
+        """The session starts."""
+
+    def emit(self, snapshot: Snapshot) -> None:
+        """A step at which this sink is due was committed."""
+
+    def close(self, report: StabilityReport) -> None:
+        """The session ends."""

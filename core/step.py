@@ -1,0 +1,99 @@
+"""One optimizer step as monitors and controllers see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redline.numerics.spectra import SpectralEstimate
+from redline.parameters import MatrixLayer
+from redline.tangent_probe import StepTangent
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update ``p`` of one step.
+
+    Attributes:
+        tensors: by parameter name, ``theta - theta_before``; float32 for half-precision parameters.
+        norm: ``tau``, the global L2 norm of ``p``, 0-d.
+    """
+
+    tensors: Mapping[str, Tensor]
+    norm: Tensor
+
+
+class Step:
+    """What there is to know of a step while its transaction is open. Everything is measured at most once.
+
+    Attributes:
+        index: optimizer steps before this one.
+        loss: as it was observed, 0-d, or None.
+        gradient_norm: L2 norm of the gradients given to the optimizers, 0-d, unscaled under AMP; None where no
+            one needed it.
+        groups: ``(optimizer label, group label, group)`` of every parameter group.
+        layers: the model's matrices.
+        withheld: whether a controller set the gradients aside: there is no update then.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        groups: Sequence[tuple[str, str, Mapping[str, Any]]],
+        layers: Sequence[MatrixLayer],
+        read_weights: Callable[[], Mapping[str, Tensor]],
+        read_update: Callable[[], dict[str, Tensor]],
+        take_tangent: Callable[[Mapping[str, Tensor], int | None], StepTangent | None],
+        measure_weights: Callable[[float], SpectralEstimate],
+    ) -> None:
+        self.index, self.groups, self.layers = index, groups, layers
+        self.loss: Tensor | None = None
+        self.gradient_norm: Tensor | None = None
+        self.withheld = False
+        self._read_weights, self._read_update = read_weights, read_update
+        self._take_tangent, self._measure_weights = take_tangent, measure_weights
+        self.parameters_moved()
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The model's parameters as they stand, by name."""
+        return self._read_weights()
+
+    @property
+    def update(self) -> Update:
+        """The update as it stands; only for those who declared ``Need.UPDATE``."""
+        if self._update is None:
+            tensors = self._read_update()
+            self._update = Update(tensors, torch.nn.utils.get_total_norm(list(tensors.values())))
+        return self._update
+
+    def tangent(self, max_samples: int | None) -> StepTangent | None:
+        """The logit tangent along the update, or None where it cannot be taken (a note says why).
+
+        Only for those who declared ``Need.TANGENT``. ``max_samples``: of the batch; None for all.
+        """
+        if max_samples not in self._tangents:
+            self._tangents[max_samples] = self._take_tangent(self.update.tensors, max_samples)
+        return self._tangents[max_samples]
+
+    def weight_spectra(self, tolerance: float) -> SpectralEstimate:
+        """Top singular values of the weights as they stand, for ``layers``, to a relative tolerance."""
+        if self._spectra is None or self._spectra[0] > tolerance:
+            self._spectra = tolerance, self._measure_weights(tolerance)
+        return self._spectra[1]
+
+    @property
+    def normalized_step_size(self) -> Tensor | None:
+        """``r`` over the most samples it was measured on, or None if nobody measured it."""
+        taken = [tangent for tangent in self._tangents.values() if tangent is not None]
+        return max(taken, key=lambda tangent: tangent.samples).normalized_step_size if taken else None
+
+    def parameters_moved(self) -> None:
+        """What was measured of the parameters no longer holds."""
+        self._update: Update | None = None
+        self._tangents: dict[int | None, StepTangent | None] = {}
+        self._spectra: tuple[float, SpectralEstimate] | None = None

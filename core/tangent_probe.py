@@ -1,0 +1,211 @@
+"""Taking the logit tangent of a step: captured inputs, a sub-sample of them, a method that works for this model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from redline.capture import CapturedCall, ForwardCapture
+from redline.errors import ConfigurationError
+from redline.hooks import hooks_silenced
+from redline.notes import Notes
+from redline.numerics.radii import tangent_spread
+from redline.numerics.tangents import FINITE_DIFFERENCE, METHODS, LogitTangent, logit_tangent
+
+# The finite difference is good to about 1 %, half precision to a few; a method that drops a term is off by far more.
+_AGREEMENT = 0.1
+
+
+@dataclass(frozen=True)
+class StepTangent:
+    """The logit tangent ``J_z p`` of one step.
+
+    Attributes:
+        logits: ``(..., classes)`` at ``theta_before``, float32 or float64.
+        tangent: ``(..., classes)``, along the whole step ``p``.
+        mask: ``(...)``, bool, positions that count, or None for all.
+        method: one of ``redline.numerics.tangents.METHODS``.
+        samples: of the batch that were measured.
+        batch: samples in the batch.
+    """
+
+    logits: Tensor
+    tangent: Tensor
+    mask: Tensor | None
+    method: str
+    samples: int
+    batch: int
+
+    @property
+    def normalized_step_size(self) -> Tensor:
+        """``r = max_x spread_k(J_z(x) p) / pi``, 0-d; over a sub-sample an estimate from below."""
+        spread = tangent_spread(self.tangent)
+        if self.mask is not None:
+            spread = torch.where(self.mask, spread, 0.0)
+        return spread.amax() / math.pi
+
+
+class TangentProbe:
+    """Measures tangents of one model, and remembers which method works for it."""
+
+    def __init__(
+        self, capture: ForwardCapture, logits: Callable[[Any], Any] | None, batch_dim: int, notes: Notes
+    ) -> None:
+        self._capture, self._logits, self._batch_dim, self._notes = capture, logits, batch_dim, notes
+        self._method = "auto"
+        self._checked = False
+        self._whole_batch = False
+
+    def measure(
+        self,
+        parameters: Mapping[str, Tensor],
+        before: Mapping[str, Tensor],
+        update: Mapping[str, Tensor],
+        max_samples: int | None,
+    ) -> StepTangent | None:
+        """The tangent along ``update`` at ``before`` on the captured inputs, or None where it cannot be taken.
+
+        Args:
+            parameters: the live parameters, by name: they say which of the module's own each name means.
+            before: their values before the step.
+            update: the step.
+            max_samples: the most samples of the batch to use; None for all.
+
+        Raises:
+            ConfigurationError: the logits cannot be told, or are no floating tensor.
+        """
+        call = self._capture.call()
+        if call is None:
+            self._notes.add(
+                "The ghost radius is not measured: the model was not called in training mode with gradients enabled "
+                "since the last step, so there are no inputs. If the logits come from a submodule, pass module=."
+            )
+            return None
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        local = {inner: names[id(p)] for inner, p in call.module.named_parameters() if id(p) in names}
+        if not local:
+            self._notes.add(
+                f"The ghost radius is not measured: no parameter of {type(call.module).__name__}, whose output gives "
+                "the logits, is in the optimizer."
+            )
+            return None
+        point = {inner: before[name] for inner, name in local.items()}
+        direction = {inner: update[name] for inner, name in local.items()}
+        batch = _batch_size(call, self._batch_dim)
+        whole = self._whole_batch or max_samples is None or batch <= max_samples or _couples_samples(call.module)
+        with hooks_silenced():
+            try:
+                samples = batch if whole or max_samples is None else max_samples
+                return self._take(_subsample(call, batch, samples, self._batch_dim), point, direction, samples, batch)
+            except ConfigurationError:
+                raise
+            except torch.OutOfMemoryError as error:
+                self._notes.add(f"The ghost radius was not measured at some step: out of memory. {_first_line(error)}")
+                return None
+            except Exception as error:  # noqa: BLE001 a model may fail in any way; the run goes on
+                if not whole:
+                    self._whole_batch = True
+                    self._notes.add(
+                        f"The ghost radius is measured on the whole batch: a sub-sample of it failed with "
+                        f"{type(error).__name__}: {_first_line(error)}"
+                    )
+                    return self.measure(parameters, before, update, max_samples)
+                self._notes.add(
+                    f"The ghost radius is not measured: calling {type(call.module).__name__} again on its own inputs "
+                    f"failed with {type(error).__name__}: {_first_line(error)}"
+                )
+                return None
+
+    def _take(
+        self,
+        call: CapturedCall,
+        point: Mapping[str, Tensor],
+        direction: Mapping[str, Tensor],
+        samples: int,
+        batch: int,
+    ) -> StepTangent:
+        def by(method: str) -> LogitTangent:
+            kind = next(iter(point.values())).device.type
+            with torch.autocast(kind, dtype=call.autocast, enabled=call.autocast is not None):
+                return logit_tangent(
+                    call.module, call.args, call.kwargs, direction, logits=self._logits, method=method, parameters=point
+                )
+
+        taken = by(self._method)
+        self._method = taken.method
+        if not self._checked:
+            taken = self._check(taken, by)
+        mask = None if taken.mask is None else taken.mask
+        return StepTangent(_wide(taken.logits), _wide(taken.tangent), mask, taken.method, samples, batch)
+
+    def _check(self, taken: LogitTangent, by: Callable[[str], LogitTangent]) -> LogitTangent:
+        """Hold the run's first tangent against a finite difference: some kernels drop tangents silently."""
+        if taken.method == FINITE_DIFFERENCE:
+            self._checked = True
+            return taken
+        reference = by(FINITE_DIFFERENCE)
+        size = torch.maximum(_wide(reference.tangent).norm(), _wide(taken.tangent).norm())
+        error = float((_wide(reference.tangent) - _wide(taken.tangent)).norm() / size)  # once a run
+        if not math.isfinite(error):
+            return taken  # a zero or non-finite step shows nothing; the next one is held against it
+        self._checked = True
+        if error <= _AGREEMENT:
+            return taken
+        self._notes.add(
+            f"Tangents by {taken.method} are off by {error:.0%} from a finite difference for this model: the ghost radius "
+            "is measured by finite difference from here on."
+        )
+        self._method = FINITE_DIFFERENCE
+        return reference
+
+    def state_dict(self) -> dict[str, Any]:
+        """The method found to work."""
+        return {"method": self._method, "checked": self._checked, "whole_batch": self._whole_batch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the method found before."""
+        self._method = state["method"] if state["method"] in METHODS else "auto"
+        self._checked, self._whole_batch = bool(state["checked"]), bool(state["whole_batch"])
+
+
+def _batch_size(call: CapturedCall, batch_dim: int) -> int:
+    sizes = [
+        leaf.shape[batch_dim]
+        for leaf in tree_leaves((call.args, call.kwargs))
+        if isinstance(leaf, Tensor) and leaf.dim() > batch_dim
+    ]
+    return sizes[0] if sizes else 1
+
+
+def _subsample(call: CapturedCall, batch: int, samples: int, batch_dim: int) -> CapturedCall:
+    """The call on ``samples`` of the batch, evenly spread over it; inputs of another size are passed as they are."""
+    if samples == batch:
+        return call
+
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() > batch_dim and leaf.shape[batch_dim] == batch:
+            index = torch.arange(samples, device=leaf.device) * batch // samples
+            return leaf.index_select(batch_dim, index)
+        return leaf
+
+    args, kwargs = tree_map(take, (call.args, call.kwargs))
+    return CapturedCall(call.module, args, kwargs, call.autocast)
+
+
+def _couples_samples(module: nn.Module) -> bool:
+    """Whether train-mode statistics make a sample's logits depend on the rest of the batch."""
+    return any(isinstance(inner, nn.modules.batchnorm._BatchNorm) and inner.training for inner in module.modules())
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]

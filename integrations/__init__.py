@@ -1,0 +1,1 @@
+"""Where Redline meets the world: trainers, terminals, servers, the command line."""

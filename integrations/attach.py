@@ -1,0 +1,88 @@
+"""Attaching Redline to a plain PyTorch loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from redline.capture import unwrapped
+from redline.controller import Controller
+from redline.errors import ConfigurationError
+from redline.monitor import Monitor
+from redline.monitors import default_monitors
+from redline.optimizers import raw_optimizers
+from redline.readings import RunInfo
+from redline.session import Session
+from redline.sink import Sink
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    *,
+    monitors: Sequence[Monitor] | None = None,
+    controllers: Sequence[Controller] = (),
+    sinks: Sequence[Sink] = (),
+    logits: Callable[[Any], Any] | None = None,
+    batch_dim: int = 0,
+    module: str | None = None,
+    run: str | None = None,
+) -> Session:
+    """Attach Redline to a model in training.
+
+    Args:
+        model: the model, before or after it is wrapped by DistributedDataParallel or ``torch.compile``.
+        optimizer: that trains it; several make one joint step. Optimizers that take turns are attached separately.
+        monitors: what to measure; by default ``redline.monitors.default_monitors()``.
+        controllers: what may change a step; none by default.
+        sinks: where readings go.
+        logits: callable ``output -> (..., classes)`` or ``output -> (logits, mask of positions that count)``; by
+            default the output, its ``.logits`` or its ``["logits"]``.
+        batch_dim: dimension of the inputs that counts the samples.
+        module: qualified name of the submodule whose forward gives the logits; by default the model itself, or its
+            only child that is called in training.
+        run: a name for this run; by default the model's class and the time.
+
+    Returns:
+        A session, to be used as a context manager or closed by ``session.close()``.
+
+    Raises:
+        ConfigurationError: the arguments cannot work together; says what was got, what was expected and what to do.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"got a {type(model).__name__} as model; expected a torch.nn.Module.")
+    if batch_dim < 0:
+        raise ConfigurationError(f"got batch_dim={batch_dim}; expected 0 or more, counted from the front.")
+    return Session(
+        model,
+        raw_optimizers(optimizer),
+        monitors=default_monitors() if monitors is None else monitors,
+        controllers=controllers,
+        sinks=sinks,
+        logits=logits,
+        batch_dim=batch_dim,
+        module=module,
+        run=describe_run(model, run),
+    )
+
+
+def describe_run(
+    model: nn.Module, run: str | None = None, *, precision: str | None = None, strategy: str = "single"
+) -> RunInfo:
+    """The labels of ``redline_run_info``; the precision is by default that of the first parameter."""
+    model = unwrapped(model)
+    dtype = next((str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()), "none")
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return RunInfo(
+        run=run or f"{type(model).__name__}-{time.strftime('%Y%m%d-%H%M%S')}",
+        version=version("redline"),
+        precision=precision or dtype,
+        strategy=strategy,
+        world_size=torch.distributed.get_world_size() if distributed else 1,
+    )

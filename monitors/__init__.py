@@ -1,0 +1,14 @@
+"""Monitors: one a file; each observes and never changes anything."""
+
+from redline.monitor import Monitor
+from redline.monitors.ghost_radius import GhostRadius
+from redline.monitors.step_health import StepHealth
+from redline.monitors.update_spectrum import UpdateSpectrum
+from redline.monitors.weight_spectrum import WeightSpectrum
+
+__all__ = ["GhostRadius", "StepHealth", "UpdateSpectrum", "WeightSpectrum", "default_monitors"]
+
+
+def default_monitors() -> list[Monitor]:
+    """Weights and updates every 50 steps, the ghost radius every 10, health every step."""
+    return [WeightSpectrum(), UpdateSpectrum(), GhostRadius(), StepHealth()]

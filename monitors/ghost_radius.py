@@ -1,0 +1,56 @@
+"""The ghost radius: whether a step is too long for the loss to follow."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from redline import metrics
+from redline.errors import ConfigurationError
+from redline.monitor import Monitor, Need
+from redline.readings import Readings
+from redline.schedules import Schedule
+from redline.step import Step
+
+
+class GhostRadius(Monitor):
+    """``tau``, ``rho_a`` and ``r = tau / rho_a`` of the step as proposed, from one Jacobian-vector product along it.
+
+    ``r`` is a maximum over samples, so on a sub-sample it is an estimate from below; over how many is a reading. Models
+    whose train-mode statistics couple the samples (BatchNorm) are measured on the whole batch.
+
+    Source: arXiv 2603.13552, definitions 4.7 and 5.1.
+    """
+
+    needs: ClassVar[Need] = Need.TANGENT
+
+    def __init__(self, every: int | Schedule = 10, *, max_samples: int | None = 32) -> None:
+        """Measure on a schedule.
+
+        Args:
+            every: schedule; the default is Redline's choice.
+            max_samples: the most samples of the batch to measure on; None for all. The default is Redline's choice: on
+                32 of 128, r was 0.84 of the whole batch's in the median.
+        """
+        super().__init__(every)
+        if max_samples is not None and max_samples < 1:
+            raise ConfigurationError(
+                f"got max_samples={max_samples}; expected at least 1, or None for the whole batch."
+            )
+        self.max_samples = max_samples
+
+    def measure(self, step: Step, readings: Readings) -> None:
+        """Measure the step as proposed."""
+        tau = step.update.norm
+        readings.gauge(metrics.UPDATE_NORM, tau)
+        readings.count(metrics.NONFINITE, ~tau.isfinite(), "update")
+        tangent = step.tangent(self.max_samples)
+        if tangent is None:
+            for metric in (metrics.GHOST_RADIUS, metrics.NORMALIZED_STEP_SIZE, metrics.COMMITTED_STEP_SIZE):
+                readings.absent(metric)
+            return
+        r = tangent.normalized_step_size
+        readings.gauge(metrics.NORMALIZED_STEP_SIZE, r)
+        # A step that moves no logit has no ghosts, not even one of length 0.
+        readings.gauge(metrics.GHOST_RADIUS, (tau / r).masked_fill(r == 0, float("inf")))
+        readings.gauge(metrics.TANGENT_SAMPLES, tangent.samples)
+        readings.gauge(metrics.BATCH_SAMPLES, tangent.batch)
