@@ -41,6 +41,11 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
+def layer_label(name: str, width: int = 34) -> str:
+    """The end of a long qualified name: what tells layers apart stands there."""
+    return name if len(name) <= width else f"…{name[1 - width :]}"
+
+
 def step_size_style(value: float) -> str:
     """Green below half the redline, yellow below it, red from it on."""
     return "green" if value < 0.5 else "yellow" if value < 1 else "bold red"
@@ -92,12 +97,12 @@ def _worst_layers(layers: tuple[LayerSummary, ...]) -> Table:
         title_justify="left",
         title_style="bold",
     )
-    table.add_column("layer", style="cyan", overflow="fold")
-    for heading in ("σ₁(W)", "growth", "condition", "stable rank", "hardest σ₁(ΔW)/σ₁(W)", "at step"):
+    table.add_column("layer", style="cyan", no_wrap=True)
+    for heading in ("σ₁(W)", "growth", "condition", "stable rank", "hardest ΔW/W", "at step"):
         table.add_column(heading, justify="right")
     for layer in shown:
         table.add_row(
-            layer.name,
+            layer_label(layer.name),
             number(layer.spectral_norm),
             "–" if layer.growth is None else f"×{layer.growth:.3g}",
             number(layer.condition),

@@ -16,7 +16,7 @@ from redline.integrations.ranks import is_rank_zero
 from redline.metrics import Metric
 from redline.readings import Snapshot
 from redline.report import StabilityReport
-from redline.report_view import number, step_size_style
+from redline.report_view import layer_label, number, step_size_style
 from redline.schedules import Schedule
 from redline.sink import Sink
 
@@ -93,17 +93,17 @@ def _layer_table(snapshot: Snapshot, most: int) -> Table:
     columns = {
         "σ₁(W)": norms,
         "σ₁(ΔW)": snapshot.layers(metrics.UPDATE_SPECTRAL_NORM.name),
-        "σ₁(ΔW)/σ₁(W)": ratios,
+        "ΔW/W": ratios,
         "condition": snapshot.layers(metrics.WEIGHT_SPECTRAL_CONDITION.name),
         "stable rank": snapshot.layers(metrics.WEIGHT_STABLE_RANK.name),
     }
     table = Table(box=None, padding=(0, 2), pad_edge=False)
-    table.add_column("  layer", style="cyan", overflow="fold")
+    table.add_column("  layer", style="cyan", no_wrap=True)
     for heading in columns:
         table.add_column(heading, justify="right")
     ordered = sorted(norms or columns["σ₁(ΔW)"], key=lambda name: -ratios.get(name, 0.0))
     for name in ordered[:most]:
-        table.add_row(f"  {name}", *(number(column.get(name)) for column in columns.values()))
+        table.add_row(f"  {layer_label(name)}", *(number(column.get(name)) for column in columns.values()))
     if len(ordered) > most:
         table.add_row(f"  … {len(ordered) - most} more", style="dim")
     return table

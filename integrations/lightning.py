@@ -1,0 +1,141 @@
+"""Redline in Lightning: one callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from redline.controller import Controller
+from redline.integrations.attach import describe_run
+from redline.metrics import METRICS
+from redline.monitor import Monitor
+from redline.monitors import default_monitors
+from redline.optimizers import raw_optimizers
+from redline.readings import Snapshot
+from redline.session import Session
+from redline.sink import Sink
+
+
+class RedlineCallback(Callback):
+    """Attaches Redline to a fit, from its first step to its last; readings go to the trainer's own loggers too.
+
+    Works with automatic and manual optimization, gradient accumulation and several optimizers (one joint step). Its
+    state travels in checkpoints.
+
+    Attributes:
+        session: of the fit in progress, or of the last one, closed; None before the first.
+    """
+
+    def __init__(
+        self,
+        monitors: list[Monitor] | None = None,
+        controllers: list[Controller] | None = None,
+        sinks: list[Sink] | None = None,
+        module: str | None = None,
+        logits: Callable[[Any], Any] | None = None,
+        batch_dim: int = 0,
+        run: str | None = None,
+    ) -> None:
+        """Set up what ``redline.attach`` is to be called with.
+
+        Args:
+            monitors: what to measure; by default ``redline.default_monitors()``.
+            controllers: what may change a step; none by default.
+            sinks: where readings go, beside the trainer's loggers.
+            module: qualified name of the submodule whose forward gives the logits, such as "net"; by default the
+                LightningModule itself if ``training_step`` calls it, or its only child that is called.
+            logits: callable ``output of that forward -> (..., classes)``; by default the output or its ``.logits``.
+            batch_dim: dimension of the inputs that counts the samples.
+            run: a name for the run; also tells several callbacks of one trainer apart in checkpoints.
+        """
+        super().__init__()
+        self._arguments: dict[str, Any] = {
+            "monitors": default_monitors() if monitors is None else monitors,
+            "controllers": controllers or [],
+            "logits": logits,
+            "batch_dim": batch_dim,
+            "module": module,
+        }
+        self._sinks = sinks or []
+        self._run = run
+        self._resumed: Mapping[str, Any] | None = None
+        self.session: Session | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Distinct for callbacks that differ in ``run`` or ``module``."""
+        return self._generate_state_key(run=self._run, module=self._arguments["module"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach: models and optimizers are in place."""
+        self._close()
+        loggers = [_TrainerLoggers(trainer)] if trainer.loggers and trainer.log_every_n_steps else []
+        self.session = Session(
+            pl_module,
+            raw_optimizers(trainer.optimizers),
+            sinks=[*self._sinks, *loggers],
+            run=describe_run(
+                pl_module,
+                self._run,
+                precision=str(trainer.precision),
+                strategy=type(trainer.strategy).__name__,
+            ),
+            **self._arguments,
+        )
+        if self._resumed is not None:
+            self.session.load_state_dict(self._resumed)
+            self._resumed = None
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Read the loss, before the division by accumulation and the loss scale that Lightning put on it."""
+        if self.session is None:
+            return
+        loss = loss.detach()
+        if pl_module.automatic_optimization:
+            loss = loss * trainer.accumulate_grad_batches
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            loss = loss / scaler.scale(torch.ones_like(loss))
+        self.session.observe(loss=loss)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Detach."""
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Detach: nothing of Redline stays behind a fit that failed."""
+        self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The session's state."""
+        return self.session.state_dict() if self.session else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until the session is there."""
+        self._resumed = state_dict or None
+
+    def _close(self) -> None:
+        if self.session is not None:
+            self.session.close()
+
+
+class _TrainerLoggers(Sink):
+    """Hands each snapshot to the trainer's own loggers, as often as the trainer itself logs."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        super().__init__(trainer.log_every_n_steps)
+        self._trainer = trainer
+
+    def emit(self, snapshot: Snapshot) -> None:
+        values = {
+            "/".join((series.metric, *series.labels)): value
+            for series, value in snapshot.values.items()
+            if METRICS[series.metric].kind != "info"
+        }
+        for logger in self._trainer.loggers:
+            logger.log_metrics(values, step=self._trainer.global_step)
