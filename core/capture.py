@@ -39,7 +39,7 @@ class ForwardCapture:
     """
 
     def __init__(self, model: nn.Module, module: str | None, before_forward: Callable[[], None]) -> None:
-        """``before_forward`` is called ahead of each watched call; ``armed`` says whether to keep its inputs."""
+        """``before_forward`` comes ahead of each watched call; ``armed`` says whether to keep it."""
         self.armed = False
         self._before_forward = before_forward
         self._calls: dict[str, CapturedCall] = {}
@@ -66,8 +66,8 @@ class ForwardCapture:
             return self._calls.get("", next(iter(self._calls.values()), None))
         names = list(self._calls)
         raise ConfigurationError(
-            f"got a model that is not called itself, but {len(names)} of its children are: {', '.join(names)}. Expected "
-            f"one whose output gives the logits: pass module=, such as module={names[-1]!r}, and logits= if its output "
+            f"got a model that is not called itself, but {len(names)} of its children are: {', '.join(names)}. "
+            f"Expected one whose output gives the logits: pass module=, such as module={names[-1]!r}, and logits= if its output "
             "is not the logits."
         )
 

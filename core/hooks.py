@@ -1,7 +1,7 @@
 """The hooks Redline puts on modules and optimizers.
 
-A hook object may be copied with its module (``copy.deepcopy`` for an EMA) or pickled (``torch.save(model)``): the copy is
-inert and reports to nobody. Hook bodies run outside of any compiled graph.
+A hook object may be copied with its module (``copy.deepcopy`` for an EMA) or pickled (``torch.save(model)``): the copy
+is inert and reports to nobody. Hook bodies run outside of any compiled graph.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class ForwardHook:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module is about to be called."""
         if self._on_call is not None and not _replaying.get():
             self._on_call(module, args, kwargs)
 

@@ -1,7 +1,7 @@
 """The metrics: one definition each. Console, Prometheus, loggers and docs all read it from here.
 
-Names follow Prometheus: prefix ``redline_``, base units, ``_total`` for counters. ``layer`` is a parameter's qualified name,
-``name[e]`` for matrix ``e`` of a stack.
+Names follow Prometheus: prefix ``redline_``, base units, ``_total`` for counters. ``layer`` is a parameter's qualified
+name, ``name[e]`` for matrix ``e`` of a stack.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ def watch_only_reason(optimizer: Optimizer) -> str | None:
         for key, value in state.items() if isinstance(state, dict) else ():
             if key in _SHADOW_STATE or _is_shadow(value, parameter):
                 return (
-                    f"{name} keeps shadow weights (state {key!r}) and writes the parameters from them, which would undo "
-                    "the control"
+                    f"{name} keeps shadow weights (state {key!r}) and writes the parameters from them, which would "
+                    "undo the control"
                 )
     return None
 

@@ -61,8 +61,8 @@ def matrix_layers(model: nn.Module, notes: Notes) -> list[MatrixLayer]:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ConfigurationError(
-                f"got the lazy parameter {name!r}, not initialized yet; expected one with a shape: run one forward pass "
-                "before attaching."
+                f"got the lazy parameter {name!r}, not initialized yet; expected one with a shape: run one forward "
+                "pass before attaching."
             )
         if hasattr(parameter, "placements"):
             notes.add(f"{name} is sharded (DTensor): its spectrum is not measured.")
@@ -82,12 +82,12 @@ def _layers_of(name: str, parameter: Tensor, transposed: bool | None) -> list[Ma
         d_out, inputs = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
         return [MatrixLayer(name, name, d_out, inputs * math.prod(shape[2:]), transposed=bool(transposed))]
     if parameter.dim() == 2:
-        return [MatrixLayer(name, name, *shape)]
+        return [MatrixLayer(name, name, shape[0], shape[1])]
     sides = [side for side in shape if side != 1]
     if len(sides) < 2:
         return []  # a class token, a scale: a vector in more dimensions
     if len(sides) == 2:
-        return [MatrixLayer(name, name, *sides)]  # such as position embeddings (1, time, width)
+        return [MatrixLayer(name, name, sides[0], sides[1])]  # such as position embeddings (1, time, width)
     stack = math.prod(shape[:-2])
     return [MatrixLayer(f"{name}[{e}]", name, shape[-2], shape[-1], index=e) for e in range(stack)]
 
@@ -102,9 +102,9 @@ class ParameterNames:
         held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         if not held & self._names.keys():
             raise ConfigurationError(
-                f"got a model ({type(model).__name__}) none of whose {len(self._names)} parameters is in the optimizer; "
-                "expected the model that it trains. Was the optimizer made before the model was copied, moved or "
-                "wrapped?"
+                f"got a model ({type(model).__name__}) none of whose {len(self._names)} parameters is in the "
+                "optimizer; expected the model that it trains. Was the optimizer made before the model was copied or "
+                "moved?"
             )
 
     def of(self, optimizer: Optimizer) -> dict[str, Tensor]:

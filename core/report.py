@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from redline import metrics
@@ -143,7 +144,7 @@ def _step_sizes(snapshot: Snapshot, history: RunHistory) -> StepSizes | None:
         return None
     every = [value for _, value in history.step_sizes]
     finite = sorted(value for value in every if math.isfinite(value)) or [math.nan]
-    bins = zip(_BIN_EDGES, _BIN_EDGES[1:], strict=False)
+    bins = pairwise(_BIN_EDGES)
     fallbacks = {labels[0]: int(n) for labels, n in snapshot.series(metrics.TANGENT_FALLBACKS.name).items() if n}
     return StepSizes(
         measured=len(every),
@@ -196,16 +197,16 @@ def _verdicts(sizes: StepSizes | None, nonfinite: dict[str, int], steps: int) ->
             Verdict(
                 "bad",
                 f"Over the redline: {sizes.over} of {sizes.measured} measured steps had r >= 1, the longest "
-                f"r = {sizes.highest:.3g} at step {sizes.highest_step}. The loss cannot be trusted to follow such steps: "
-                "lower the rate, lengthen the warm-up, or clamp the step.",
+                f"r = {sizes.highest:.3g} at step {sizes.highest_step}. The loss cannot be trusted to follow such "
+                "steps: lower the rate, lengthen the warm-up, or clamp the step.",
             )
         )
     elif sizes.near:
         found.append(
             Verdict(
                 "watch",
-                f"Near the redline: the longest measured step had r = {sizes.highest:.3g} (step {sizes.highest_step}), and "
-                f"{sizes.near} of {sizes.measured} were at {NEAR} or more. There is little room for a higher rate.",
+                f"Near the redline: the longest measured step had r = {sizes.highest:.3g} (step {sizes.highest_step}), "
+                f"and {sizes.near} of {sizes.measured} were at {NEAR} or more. There is little room for a higher rate.",
             )
         )
     elif math.isfinite(sizes.highest):

@@ -41,7 +41,7 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def layer_label(name: str, width: int = 34) -> str:
+def layer_label(name: str, width: int = 28) -> str:
     """The end of a long qualified name: what tells layers apart stands there."""
     return name if len(name) <= width else f"…{name[1 - width :]}"
 
@@ -92,13 +92,14 @@ def _worst_layers(layers: tuple[LayerSummary, ...]) -> Table:
     more = f", {len(layers) - len(shown)} more not shown" if len(layers) > len(shown) else ""
     table = Table(
         box=None,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
         title=f"Layers, the hardest pushed first{more}",
         title_justify="left",
         title_style="bold",
     )
     table.add_column("layer", style="cyan", no_wrap=True)
-    for heading in ("σ₁(W)", "growth", "condition", "stable rank", "hardest ΔW/W", "at step"):
+    for heading in ("σ₁(W)", "growth", "cond.", "stable rank", "max ΔW/W", "at step"):
         table.add_column(heading, justify="right")
     for layer in shown:
         table.add_row(

@@ -18,6 +18,7 @@ class Every:
     n: int
 
     def __call__(self, step: int) -> bool:
+        """Whether it is due at this step."""
         return step % self.n == 0
 
 

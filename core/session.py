@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -14,20 +15,15 @@ from torch.optim import Optimizer
 
 from redline import metrics
 from redline.capture import ForwardCapture, unwrapped
-from redline.controller import Controller, Decision, Intervention, Reject, Scale
-from redline.errors import ConfigurationError, ControllerError, StepRejectedError
+from redline.control import Control
+from redline.controller import Controller, Intervention
+from redline.errors import ConfigurationError
 from redline.history import RunHistory
 from redline.hooks import OptimizerHooks
 from redline.monitor import Monitor, Need
 from redline.notes import Notes
-from redline.optimizers import (
-    OptimizerState,
-    gradient_norm,
-    numbered,
-    optimizer_labels,
-    refuse_in_backward,
-    watch_only_reason,
-)
+from redline.optimizers import gradient_norm, numbered, optimizer_labels, refuse_in_backward
+from redline.own_time import OwnTime
 from redline.parameters import ParameterNames, matrix_layers
 from redline.readings import Readings, RunInfo, Snapshot
 from redline.report import StabilityReport
@@ -37,6 +33,7 @@ from redline.step import Step
 from redline.tangent_probe import TangentProbe
 from redline.transaction import StepTransaction
 
+_SETTLED = 10  # steps before the overhead is a reading: the first pays for what later ones reuse
 _SEED = 0x5EED  # of Redline's own random columns; the run's streams are never drawn from
 
 
@@ -54,7 +51,7 @@ class Session:
             (the optimizer's own update)
             after_update                   when each optimizer has stepped, the step is concluded:
                 _measure                       monitors read the step as proposed
-                _decide                        controllers scale, or reject; the transaction commits
+                _control.decide                controllers scale, or reject; the transaction commits
                 _measure                       monitors read what was committed
                 _publish                       when a sink is due, one copy to the host and a snapshot to it
     """
@@ -81,8 +78,6 @@ class Session:
         self._controllers = _named(controllers, "controller", "inspect")
         self._sinks = _named(sinks, "sink", "emit")
         refuse_in_backward(self._model)
-        if self._controllers:
-            self._refuse_watch_only()
         self._names = ParameterNames(self._model, self._optimizers, self._notes)
         self._layers = matrix_layers(self._model, self._notes)
         self._labels = optimizer_labels(self._optimizers)
@@ -91,8 +86,8 @@ class Session:
         self._readings = Readings(self._history.record)
         self._weight_spectra = SpectrumTracker(_SEED)
         self._transaction = StepTransaction()
-        self._interventions: list[Intervention] = []
-        self._states_checked = False
+        self._control = Control(self._controllers, self._optimizers, self._transaction, self._readings)
+        self._time = OwnTime()
         self._closed = False
         for name, _ in self._monitors:
             self._readings.count(metrics.MEASUREMENTS, 0, name)
@@ -103,12 +98,7 @@ class Session:
         self._needs = Need.NOTHING
         self._updating: Optimizer | None = None
         self._stepped: list[Optimizer] = []
-        self._states: list[OptimizerState] = []
         self._loss: Tensor | None = None
-
-        self._depth, self._own_time = 0, 0.0
-        self._first_event: float | None = None
-        self._last_event = 0.0
 
         self._capture = ForwardCapture(model, module, self.before_forward)
         self._probe = TangentProbe(self._capture, logits, batch_dim, self._notes)
@@ -116,7 +106,7 @@ class Session:
         self._arm()
         self._snapshot = self._readings.fetch(run)
         for name, sink in list(self._sinks):
-            self._tell(name, sink, lambda sink=sink: sink.open(run))
+            self._tell(name, sink, partial(sink.open, run))
 
     # What users call ------------------------------------------------------------------------------------------------
 
@@ -144,7 +134,7 @@ class Session:
     @property
     def interventions(self) -> tuple[Intervention, ...]:
         """What the controllers did, oldest first."""
-        return tuple(self._interventions)
+        return tuple(self._control.interventions)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -153,9 +143,7 @@ class Session:
 
     def report(self) -> StabilityReport:
         """The stability report so far; print it with ``rich.print``, or take ``.to_dict()``."""
-        snapshot = self.latest
-        seconds = self._last_event - (self._first_event or self._last_event)
-        return StabilityReport.of(snapshot, self._history, self._interventions, tuple(self._notes), seconds)
+        return StabilityReport.of(self.latest, self._history, self.interventions, self.notes, self._time.seconds)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: step count, counters, history, and the state of monitors and controllers."""
@@ -165,9 +153,7 @@ class Session:
             "index": self._index,
             "readings": self._readings.state_dict(),
             "history": self._history.state_dict(),
-            "interventions": [
-                vars(intervention) | {"saw": dict(intervention.saw)} for intervention in self._interventions
-            ],
+            "interventions": [{**vars(intervention)} for intervention in self.interventions],
             "weight_spectra": self._weight_spectra.state_dict(),
             "probe": self._probe.state_dict(),
             "monitors": {name: monitor.state_dict() for name, monitor in self._monitors},
@@ -182,12 +168,13 @@ class Session:
         """
         if state.get("version") != 1:
             raise ConfigurationError(
-                f"got a session state of version {state.get('version')!r}; expected 1. Was it written by a newer Redline?"
+                f"got a session state of version {state.get('version')!r}; expected 1. Was it "
+                "written by a newer Redline?"
             )
         self._index = state["index"]
         self._readings.load_state_dict(state["readings"])
         self._history.load_state_dict(state["history"])
-        self._interventions = [Intervention(**entry) for entry in state["interventions"]]
+        self._control.interventions = [Intervention(**entry) for entry in state["interventions"]]
         self._weight_spectra.load_state_dict(state["weight_spectra"])
         self._probe.load_state_dict(state["probe"])
         for kind, plugins in (("monitors", self._monitors), ("controllers", self._controllers)):
@@ -213,7 +200,7 @@ class Session:
             self._capture.remove()
             report = self.report()
             for name, sink in list(self._sinks):
-                self._tell(name, sink, lambda sink=sink: sink.close(report))
+                self._tell(name, sink, partial(sink.close, report))
 
     def __enter__(self) -> Session:
         return self
@@ -227,8 +214,7 @@ class Session:
 
     def before_forward(self) -> None:
         """The model is about to be called in training: a joint step still open has ended."""
-        if self._first_event is None:
-            self._first_event = time.perf_counter()
+        self._time.start()
         if self._stepped and self._updating is None:  # within an update it is a closure that is called again
             with self._at_work():
                 self._conclude()
@@ -246,18 +232,9 @@ class Session:
                 norm = gradient_norm(optimizer, parameters.values())
                 if norm is not None:
                     step.gradient_norm = norm if step.gradient_norm is None else torch.hypot(step.gradient_norm, norm)
-            for name, controller in [] if step.withheld else self._controllers:
-                withheld = self._ask(name, lambda controller=controller: controller.before_update(step))
-                if withheld is not None:
-                    step.withheld = True
-                    self._trace(name, "withhold", withheld)
-                    break
-            if step.withheld:
-                self._transaction.withhold(parameters.values())
+            self._control.before_update(step, optimizer, parameters)
             if Need.UPDATE in self._needs:
                 self._transaction.save(parameters)
-            if any(controller.snapshots_state for _, controller in self._controllers):
-                self._states.append(OptimizerState(optimizer))
             self._updating = optimizer
 
     def after_update(self, optimizer: Optimizer) -> None:
@@ -300,7 +277,7 @@ class Session:
         step.loss, self._loss = self._loss, None
         try:
             self._measure(step, after_commit=False)
-            self._decide(step)
+            self._control.decide(step)
             self._measure(step, after_commit=True)
         finally:
             self._discard()
@@ -323,66 +300,20 @@ class Session:
             else:
                 self._readings.count(metrics.MEASUREMENTS, 1, name)
 
-    def _decide(self, step: Step) -> None:
-        if self._controllers and not self._states_checked:
-            self._refuse_watch_only()  # shadow weights show only once the state is there
-            self._states_checked = True
-        scale, size = 1.0, step.normalized_step_size
-        if step.withheld:
-            self._readings.gauge(metrics.STEP_SCALE, 0.0)
-            return
-        for per_parameter in (True, False):
-            for name, controller in self._controllers:
-                if controller.per_parameter is not per_parameter:
-                    continue
-                decisions = self._ask(name, lambda controller=controller: list(controller.inspect(step)))
-                size = step.normalized_step_size if step.normalized_step_size is not None else size
-                for decision in decisions:
-                    if isinstance(decision, Reject):
-                        self._trace(name, "reject", decision)
-                        self._reject(name, controller, decision)
-                        step.parameters_moved()
-                        self._readings.gauge(metrics.STEP_SCALE, 0.0)
-                        return
-                    if decision.factor == 1:
-                        continue
-                    self._trace(name, "scale", decision)
-                    step.parameters_moved()
-                    if decision.parameter is None:
-                        self._transaction.scale(decision.factor)
-                        scale *= decision.factor
-                        size = None if size is None else size * decision.factor
-                    else:
-                        self._transaction.scale(decision.factor, [decision.parameter])
-                        size = None  # r of what is left is known only if someone measures it
-        self._readings.gauge(metrics.STEP_SCALE, scale)
-        if size is not None:
-            self._readings.gauge(metrics.COMMITTED_STEP_SIZE, size)
-
-    def _reject(self, name: str, controller: Controller, decision: Reject) -> None:
-        self._transaction.scale(0)
-        if not controller.snapshots_state:
-            raise StepRejectedError(
-                f"{name} rejected step {self._index}: {decision.reason} The parameters are as they were before the step; "
-                "the optimizer's moments are not, so the run is stopped. Go on from a checkpoint, or use a controller "
-                "that keeps a snapshot of the optimizer's state."
-            )
-        for state in self._states:
-            state.restore()
-
     def _publish(self, index: int) -> None:
         due = [(name, sink) for name, sink in self._sinks if sink.due(index)]
         if due or self._readings.overflowing:
             self._fetch()
         for name, sink in due:
-            self._tell(name, sink, lambda sink=sink: sink.emit(self._snapshot))
+            self._tell(name, sink, partial(sink.emit, self._snapshot))
 
     def _discard(self) -> None:
         """Let go of everything that belongs to one step."""
         self._transaction.close()
         self._capture.forget()
         self._step, self._due, self._updating = None, [], None
-        self._stepped, self._states = [], []
+        self._stepped = []
+        self._control.forget()
 
     # Services -------------------------------------------------------------------------------------------------------
 
@@ -398,29 +329,6 @@ class Session:
             self._readings.count(metrics.TANGENT_FALLBACKS, 1, taken.method)
         return taken
 
-    def _ask(self, name: str, question: Callable[[], Any]) -> Any:
-        try:
-            return question()
-        except ConfigurationError:
-            raise
-        except Exception as error:
-            raise ControllerError(
-                f"{name} failed at step {self._index} with {type(error).__name__}: {error}. The parameters are as the "
-                "optimizer left them."
-            ) from error
-
-    def _trace(self, name: str, action: str, decision: Decision | Any) -> None:
-        self._interventions.append(Intervention(self._index, name, action, decision.reason, dict(decision.saw)))
-        self._readings.count(metrics.INTERVENTIONS, 1, name, action)
-
-    def _refuse_watch_only(self) -> None:
-        for optimizer in self._optimizers:
-            if reason := watch_only_reason(optimizer):
-                raise ConfigurationError(
-                    f"got controllers on {type(optimizer).__name__}, which may only be monitored: {reason}. Leave "
-                    "controllers out."
-                )
-
     def _tell(self, name: str, sink: Sink, action: Callable[[], None]) -> None:
         try:
             action()
@@ -429,32 +337,15 @@ class Session:
             self._notes.add(f"{name} failed and is switched off: {type(error).__name__}: {error}")
 
     def _fetch(self) -> None:
-        self._readings.gauge(metrics.OVERHEAD_RATIO, self._overhead())
+        if self._index >= _SETTLED:
+            self._readings.gauge(metrics.OVERHEAD_RATIO, self._time.ratio)
         self._snapshot = self._readings.fetch(self._run)
-
-    def _overhead(self) -> float:
-        now = time.perf_counter()
-        own = self._own_time + (now - self._last_event if self._depth else 0.0)
-        training = now - (self._first_event or now) - own
-        return own / training if training > 0 else 0.0
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         """Redline's own time: no gradients are recorded, and it is counted as overhead."""
-        start = time.perf_counter()
-        if self._first_event is None:
-            self._first_event = start
-        if self._depth == 0:
-            self._last_event = start
-        self._depth += 1
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self._depth -= 1
-            if self._depth == 0:
-                self._last_event = time.perf_counter()
-                self._own_time += self._last_event - start
+        with self._time.spent(), torch.no_grad():
+            yield
 
 
 def _named(plugins: Sequence[Any], kind: str, method: str) -> list[tuple[str, Any]]:

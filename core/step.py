@@ -56,7 +56,9 @@ class Step:
         self.withheld = False
         self._read_weights, self._read_update = read_weights, read_update
         self._take_tangent, self._measure_weights = take_tangent, measure_weights
-        self.parameters_moved()
+        self._update: Update | None = None
+        self._tangents: dict[int | None, StepTangent | None] = {}
+        self._spectra: tuple[float, SpectralEstimate] | None = None
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
@@ -94,6 +96,4 @@ class Step:
 
     def parameters_moved(self) -> None:
         """What was measured of the parameters no longer holds."""
-        self._update: Update | None = None
-        self._tangents: dict[int | None, StepTangent | None] = {}
-        self._spectra: tuple[float, SpectralEstimate] | None = None
+        self._update, self._tangents, self._spectra = None, {}, None

@@ -158,8 +158,8 @@ class TangentProbe:
         if error <= _AGREEMENT:
             return taken
         self._notes.add(
-            f"Tangents by {taken.method} are off by {error:.0%} from a finite difference for this model: the ghost radius "
-            "is measured by finite difference from here on."
+            f"Tangents by {taken.method} are off by {error:.0%} from a finite difference for this model: the ghost "
+            "radius is measured by finite difference from here on."
         )
         self._method = FINITE_DIFFERENCE
         return reference

@@ -18,10 +18,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo = commands.add_parser(
         "demo",
         help="train two small models and watch them",
-        description="Trains a small transformer on handwritten digits, then a byte-level language model on Python's own "
-        "standard library, with Redline attached and its metrics served. Takes about a minute on two cores.",
+        description="Trains a small transformer on handwritten digits, then a byte-level language model on Python's "
+        "own standard library, with Redline attached and its metrics served. Takes about a minute on two cores.",
     )
-    demo.add_argument("--port", type=int, default=9108, help="of the metrics, on 127.0.0.1; 0 picks a free one (%(default)s)")
+    demo.add_argument(
+        "--port", type=int, default=9108, help="of the metrics, on 127.0.0.1; 0 picks a free one (%(default)s)"
+    )
     demo.add_argument("--short", action="store_true", help="a few steps of each model only")
     demo.add_argument("--picture", type=Path, metavar="FILE.svg", help="also write the last report as a picture")
 

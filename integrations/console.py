@@ -94,10 +94,10 @@ def _layer_table(snapshot: Snapshot, most: int) -> Table:
         "σ₁(W)": norms,
         "σ₁(ΔW)": snapshot.layers(metrics.UPDATE_SPECTRAL_NORM.name),
         "ΔW/W": ratios,
-        "condition": snapshot.layers(metrics.WEIGHT_SPECTRAL_CONDITION.name),
+        "cond.": snapshot.layers(metrics.WEIGHT_SPECTRAL_CONDITION.name),
         "stable rank": snapshot.layers(metrics.WEIGHT_STABLE_RANK.name),
     }
-    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("  layer", style="cyan", no_wrap=True)
     for heading in columns:
         table.add_column(heading, justify="right")

@@ -74,7 +74,8 @@ class RedlineCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach: models and optimizers are in place."""
         self._close()
-        loggers = [_TrainerLoggers(trainer)] if trainer.loggers and trainer.log_every_n_steps else []
+        often: int = getattr(trainer, "log_every_n_steps", 0)
+        loggers = [_TrainerLoggers(trainer, often)] if trainer.loggers and often else []
         self.session = Session(
             pl_module,
             raw_optimizers(trainer.optimizers),
@@ -127,8 +128,8 @@ class RedlineCallback(Callback):
 class _TrainerLoggers(Sink):
     """Hands each snapshot to the trainer's own loggers, as often as the trainer itself logs."""
 
-    def __init__(self, trainer: pl.Trainer) -> None:
-        super().__init__(trainer.log_every_n_steps)
+    def __init__(self, trainer: pl.Trainer, every: int) -> None:
+        super().__init__(every)
         self._trainer = trainer
 
     def emit(self, snapshot: Snapshot) -> None:

@@ -61,8 +61,8 @@ class PrometheusExporter(Sink):
             if error.errno != errno.EADDRINUSE:
                 raise
             raise OSError(
-                f"got port {self.port} on {self.address}, which is in use; expected a free one. The run goes on without "
-                "serving metrics: pass another port, or 0 for any free one"
+                f"got port {self.port} on {self.address}, which is in use; expected a free one. The run goes on "
+                "without serving metrics: pass another port, or 0 for any free one"
             ) from error
         self.port, self._server = server.server_port, (server, thread)
 

@@ -26,7 +26,7 @@ class UpdateSpectrum(Monitor):
 
     needs: ClassVar[Need] = Need.UPDATE
 
-    def __init__(self, every: int | Schedule = 50, *, tolerance: float = 2e-4) -> None:
+    def __init__(self, every: int | Schedule = 50, *, tolerance: float = 3e-4) -> None:
         """Measure on a schedule.
 
         Args:

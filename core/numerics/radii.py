@@ -1,8 +1,8 @@
 """Ghost radii: how far cross-entropy's Taylor series converges along a step.
 
-For logits that move on a line, ``z + t a``, the softmax normalizer ``F(t) = sum_k exp(z_k + a_k t)`` has complex zeros,
-the *ghosts*; the Taylor series of the loss in ``t`` converges up to the nearest one. Symbols: ``a`` the logit tangent of
-one sample, ``Delta_a = max_k a_k - min_k a_k`` its spread, ``delta`` the gap between two logits.
+For logits that move on a line, ``z + t a``, the softmax normalizer ``F(t) = sum_k exp(z_k + a_k t)`` has complex
+zeros, the *ghosts*; the Taylor series of the loss in ``t`` converges up to the nearest one. Symbols: ``a`` the logit
+tangent of one sample, ``Delta_a = max_k a_k - min_k a_k`` its spread, ``delta`` the gap between two logits.
 
 Source: *Ghosts of Softmax* (arXiv 2603.13552), theorems 4.3 (two classes) and 4.6 (the bound).
 """

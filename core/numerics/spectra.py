@@ -1,11 +1,11 @@
 """Top singular values by a warm-started block Krylov iteration.
 
-For a matrix ``A`` of shape ``(m, n)``, ``m >= n`` (wide ones are transposed), the block Krylov space of ``A^T A`` from a
-starting block ``X`` is grown one product with ``A`` and one with ``A^T`` at a time; Rayleigh-Ritz on it gives the top
+For a matrix ``A`` of shape ``(m, n)``, ``m >= n`` (wide ones are transposed), the block Krylov space of ``A^T A`` from
+a starting block ``X`` is grown one product with ``A`` and one with ``A^T`` at a time; Rayleigh-Ritz on it gives the top
 Ritz value ``theta``, an estimate of ``sigma_1^2`` from below, with its vector ``v`` and the residual
-``||A^T A v - theta v|| / theta``. The block starts from the top vectors of the last call (warm) and one fresh random column,
-because a small residual proves *a* singular value, not the largest: the random column notices when another has grown
-past it.
+``||A^T A v - theta v|| / theta``. The block starts from the top vectors of the last call (warm) and one fresh random
+column, because a small residual proves *a* singular value, not the largest: the random column notices when another has
+grown past it.
 
 Source: Musco & Musco, *Randomized Block Krylov Methods* (arXiv 1504.05477); the warm start, the fresh column and the
 stopping rule are Redline's own.
@@ -65,6 +65,7 @@ def top_singular_values(
     rank: int = 2,
     iterations: int | None = None,
     tolerance: float = 2e-5,
+    watched: bool | None = None,
 ) -> SpectralEstimate:
     """Estimate the largest singular value of each matrix.
 
@@ -73,10 +74,11 @@ def top_singular_values(
         state: of the last call over the same matrices, to start warm; one that does not fit them is not used.
         rank: warm vectors kept per matrix; the block has one column more. 2 is Redline's choice: a close runner-up
             stays at hand when it overtakes.
-        iterations: the most block iterations, two products each; by default 24. On an accelerator exactly as many are
-            made, since asking for convergence would wait for the device; by default 16 cold and 6 warm.
-        tolerance: relative error of ``sigma_1`` at which a matrix on the CPU is done, as estimated from the geometric
+        iterations: the most block iterations, two products each; by default 24, and unwatched 16 cold and 6 warm.
+        tolerance: relative error of ``sigma_1`` at which a watched matrix is done, as estimated from the geometric
             decay of the Ritz value's increments.
+        watched: whether to ask for convergence after each iteration, which waits for an accelerator; by default on the
+            CPU only. Unwatched, exactly ``iterations`` are made.
 
     Returns:
         Estimates on the matrices' device. The random columns come from a generator of this function's own.
@@ -84,7 +86,7 @@ def top_singular_values(
     state = state or SpectralState()
     warm = state.vectors if len(state.vectors) == len(matrices) else (None,) * len(matrices)
     results = [
-        _top_singular_value(matrix.detach(), start, state.seed + index, rank, iterations, tolerance)
+        _top_singular_value(matrix.detach(), start, state.seed + index, rank, iterations, tolerance, watched)
         for index, (matrix, start) in enumerate(zip(matrices, warm, strict=True))
     ]
     if not results:
@@ -99,14 +101,20 @@ def top_singular_values(
 
 
 def _top_singular_value(
-    matrix: Tensor, start: Tensor | None, seed: int, rank: int, iterations: int | None, tolerance: float
+    matrix: Tensor,
+    start: Tensor | None,
+    seed: int,
+    rank: int,
+    iterations: int | None,
+    tolerance: float,
+    watched: bool | None,
 ) -> tuple[Tensor, Tensor, int, Tensor]:
     a = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
     a = a.mT if a.shape[0] < a.shape[1] else a
     n = a.shape[1]
     generator = torch.Generator(a.device).manual_seed(seed)
     start = start if start is not None and start.shape == (n, min(rank, n)) and start.device == a.device else None
-    watched = a.device.type == "cpu"
+    watched = a.device.type == "cpu" if watched is None else watched
     if iterations is None:
         iterations = _MOST_ITERATIONS if watched else _UNWATCHED_ITERATIONS["cold" if start is None else "warm"]
 
@@ -120,7 +128,7 @@ def _top_singular_value(
         images.append(a @ newest)
         returns.append(a.mT @ images[-1])
         y, z = torch.cat(images, dim=1), torch.cat(returns, dim=1)
-        coefficients, theta = _top_ritz_vectors(y, rank)
+        coefficients, theta = _top_ritz_vectors(y, rank, watched)
         top = coefficients[:, 0]
         # In float64: the squares of a matrix of 1e-12 would vanish.
         residual = torch.linalg.vector_norm((z @ top).double() - theta * (basis @ top).double()) / theta
@@ -161,28 +169,35 @@ def _next_block(block: Tensor, basis: Tensor, generator: torch.Generator) -> Ten
     return torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
 
 
-def _top_ritz_vectors(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Top eigenvectors of ``G = Y^T Y`` as columns, and the first one's eigenvalue in float64.
-
-    By repeated squaring of the small matrix: no LAPACK call that would wait for a GPU, or raise on a NaN.
-    """
+def _top_ritz_vectors(y: Tensor, rank: int, watched: bool) -> tuple[Tensor, Tensor]:
+    """Top eigenvectors of ``G = Y^T Y`` as columns, and the first one's eigenvalue in float64."""
     gram = (y.mT @ y).double()
-    projector = gram
-    vectors: list[Tensor] = []
-    for _ in range(min(rank, gram.shape[0])):
-        power = projector
+    rank = min(rank, gram.shape[0])
+    if not watched:
+        vectors = _top_vectors_by_squaring(gram, rank)
+    elif bool(gram.isfinite().all()):
+        vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank]
+    else:
+        vectors = gram.new_full((gram.shape[0], rank), math.nan)
+    top = vectors[:, 0]
+    return vectors.to(y.dtype), top @ gram @ top
+
+
+def _top_vectors_by_squaring(gram: Tensor, rank: int) -> Tensor:
+    """The same by repeated squaring, where LAPACK would wait for the device, or raise on a NaN."""
+    rest, vectors = gram, []
+    tiny = torch.finfo(gram.dtype).tiny
+    for _ in range(rank):
+        power = rest
         for _ in range(_SQUARINGS):
-            power = power / power.diagonal().sum().clamp_min(torch.finfo(torch.float64).tiny)
+            power = power / power.diagonal().sum().clamp_min(tiny)
             power = power @ power
         column = power[:, power.diagonal().argmax()]
-        vector = column / torch.linalg.vector_norm(column).clamp_min(torch.finfo(torch.float64).tiny)
-        vectors.append(vector)
-        # Deflate: the next top vector is that of what is left.
-        projector = projector - torch.outer(projector @ vector, vector)
-        projector = projector - torch.outer(vector, vector @ projector)
-    top = vectors[0]
-    theta = top @ gram @ top
-    return torch.stack(vectors, dim=1).to(y.dtype), theta
+        vectors.append(column / torch.linalg.vector_norm(column).clamp_min(tiny))
+        # Deflate on both sides: the next top vector is that of what is left.
+        rest = rest - torch.outer(rest @ vectors[-1], vectors[-1])
+        rest = rest - torch.outer(vectors[-1], vectors[-1] @ rest)
+    return torch.stack(vectors, dim=1)
 
 
 def _has_settled(ritz_values: list[float], residual: float, tolerance: float) -> bool:

@@ -1,9 +1,9 @@
 """Logit tangents: the directional derivative of a model's logits along a direction in its parameters.
 
-``a(x) = J_z(x) d`` for the logits ``z`` of sample ``x``, the Jacobian taken at the given parameters and ``d`` a direction
-in them, from one forward-mode Jacobian-vector product. Where forward-mode AD has no rule for a kernel the next rung of a
-ladder is tried: the same product with attention's math backend and without oneDNN's recurrent kernels, then a central
-difference in float32.
+``a(x) = J_z(x) d`` for the logits ``z`` of sample ``x``, the Jacobian taken at the given parameters and ``d`` a
+direction in them, from one forward-mode Jacobian-vector product. Where forward-mode AD has no rule for a kernel the
+next rung of a ladder is tried: the same product with attention's math backend and without oneDNN's recurrent kernels,
+then a central difference in float32.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def _read_logits(output: Any, function: LogitsFunction) -> tuple[Tensor, Tensor 
     z = z.unsqueeze(-1) if z.dim() == 1 else z
     if mask is not None and (mask.dtype != torch.bool or mask.shape != z.shape[:-1]):
         raise ConfigurationError(
-            f"got a mask of shape {tuple(mask.shape)} and {mask.dtype} beside logits of shape {tuple(z.shape)}; expected "
-            f"a bool tensor of shape {tuple(z.shape[:-1])}, true for the positions that count."
+            f"got a mask of shape {tuple(mask.shape)} and {mask.dtype} beside logits of shape {tuple(z.shape)}; "
+            f"expected a bool tensor of shape {tuple(z.shape[:-1])}, true for the positions that count."
         )
     return z, mask
 

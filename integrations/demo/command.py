@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import rich
@@ -59,7 +60,7 @@ def run_demo(*, port: int = 9108, short: bool = False, picture: Path | None = No
 def _fit(
     title: str,
     model: nn.Module,
-    data: DataLoader[tuple[Tensor, Tensor]],
+    data: DataLoader[Any],
     *,
     learning_rate: float,
     steps: int,
@@ -95,7 +96,7 @@ class _Classifier(pl.LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, self.learning_rate, total_steps=self.steps + 1, pct_start=0.1, cycle_momentum=False

@@ -24,7 +24,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def library_bytes(most: int = 4_000_000) -> Tensor:
-    """The first ``most`` bytes of the standard library's own ``.py`` files, in alphabetical order: ``(bytes,)``, uint8."""
+    """The first ``most`` bytes of the standard library's ``.py`` files, in alphabetical order: ``(bytes,)``, uint8."""
     folder = Path(sysconfig.get_path("stdlib"))
     text = bytearray()
     for path in sorted(folder.glob("*.py")):
