@@ -67,8 +67,8 @@ class ForwardCapture:
         names = list(self._calls)
         raise ConfigurationError(
             f"got a model that is not called itself, but {len(names)} of its children are: {', '.join(names)}. "
-            f"Expected one whose output gives the logits: pass module=, such as module={names[-1]!r}, and logits= if its output "
-            "is not the logits."
+            f"Expected one whose output gives the logits: pass module=, such as module={names[-1]!r}, and logits= "
+            "if its output is not the logits."
         )
 
     def forget(self) -> None:

@@ -15,8 +15,9 @@ _MOST_STEP_SIZES = 8192
 
 @dataclass
 class Course:
-    """A series over the run: its first, last and highest value, and the step of the highest."""
+    """A series over the run: how often it was measured, its first, last and highest value, the step of the highest."""
 
+    measured: int
     first: float
     last: float
     highest: float
@@ -24,7 +25,7 @@ class Course:
 
     def add(self, step: int, value: float) -> None:
         """Take one more value in; one that is not finite is never the highest."""
-        self.last = value
+        self.measured, self.last = self.measured + 1, value
         if math.isfinite(value) and not value <= self.highest:
             self.highest, self.highest_step = value, step
 
@@ -42,7 +43,7 @@ class RunHistory:
         """Take in one value."""
         course = self.courses.get(series)
         if course is None:
-            self.courses[series] = Course(value, value, value, step)
+            self.courses[series] = Course(1, value, value, value, step)
         else:
             course.add(step, value)
         if series.metric == NORMALIZED_STEP_SIZE.name:

@@ -170,7 +170,7 @@ def _layers(snapshot: Snapshot, history: RunHistory) -> tuple[LayerSummary, ...]
         LayerSummary(
             name=name,
             spectral_norm=course.last,
-            growth=course.last / course.first if course.first else None,
+            growth=course.last / course.first if course.first and course.measured > 1 else None,
             condition=conditions.get(name),
             stable_rank=ranks.get(name),
             hardest_update=ratios[name].highest if name in ratios else None,

@@ -1,0 +1,369 @@
+"""Top singular values against a full singular value decomposition in float64."""
+
+import io
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from redline.numerics import SpectralState, top_singular_values
+
+ACCURACY = 1e-4  # relative error of sigma_1 that Redline promises
+
+
+def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def orthonormal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    noise = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.linalg.qr(noise).Q
+
+
+def with_spectrum(rows: int, columns: int, spectrum: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """A float64 matrix with the singular values given (as many as ``spectrum`` has, the rest are 0)."""
+    k = len(spectrum)
+    left, right = orthonormal(rows, k, 2 * seed), orthonormal(columns, k, 2 * seed + 1)
+    return (left * spectrum.double()) @ right.mT
+
+
+def true_sigma(matrix: torch.Tensor) -> float:
+    return float(torch.linalg.svdvals(matrix.double())[0])
+
+
+def relative_error(estimate: torch.Tensor, matrix: torch.Tensor) -> float:
+    sigma = true_sigma(matrix)
+    return abs(float(estimate) - sigma) / sigma
+
+
+def true_residual(matrix: torch.Tensor, vector: torch.Tensor, sigma: torch.Tensor) -> float:
+    """``||A^T A v - sigma^2 v|| / sigma^2`` in float64, with ``A`` the tall one of the matrix and its transpose."""
+    a, v, s = matrix.double(), vector.double(), float(sigma)
+    a = a.mT if a.shape[0] < a.shape[1] else a
+    return float((a.mT @ (a @ v) - s**2 * v).norm()) / s**2
+
+
+MATRICES = {
+    "tall": lambda: gaussian(500, 100),
+    "very tall": lambda: gaussian(3000, 20),
+    "wide": lambda: gaussian(100, 500),
+    "very wide": lambda: gaussian(3, 2000),
+    "square": lambda: gaussian(256, 256),
+    "small square": lambda: gaussian(24, 24),
+    "just too large to be small": lambda: gaussian(65, 65),
+    "large": lambda: gaussian(1200, 400),
+    "one column": lambda: gaussian(300, 1),
+    "one row": lambda: gaussian(1, 300),
+    "one entry": lambda: torch.tensor([[-3.0]]),
+    "rank 1": lambda: gaussian(200, 1) @ gaussian(1, 150, 1),
+    "rank 1, small": lambda: gaussian(20, 1) @ gaussian(1, 15, 1),
+    "rank 5": lambda: gaussian(200, 5) @ gaussian(5, 150, 1),
+    "one entry not zero": lambda: torch.zeros(120, 90).index_put_((torch.tensor(3), torch.tensor(7)), torch.tensor(2.0)),
+    "identity": lambda: torch.eye(150),
+    "small identity": lambda: torch.eye(20),
+    "orthonormal columns": lambda: orthonormal(300, 120).float(),
+    "diagonal": lambda: torch.diag(torch.linspace(-5.0, 3.0, 100)),
+    "equal tops": lambda: with_spectrum(200, 150, torch.cat([torch.ones(10), torch.full((140,), 0.5)])).float(),
+    "clustered tops": lambda: with_spectrum(200, 150, torch.linspace(1, 0.9, 150)).float(),
+    "tightly clustered tops": lambda: with_spectrum(300, 200, 1 - 1e-3 * torch.linspace(0, 1, 200)).float(),
+    "runner-up at 0.9999": lambda: with_spectrum(
+        200, 150, torch.cat([torch.tensor([1, 0.9999]), torch.linspace(0.7, 0, 148)])
+    ).float(),
+    "spike": lambda: 30 * with_spectrum(300, 200, torch.ones(1)).float() + 0.5 * gaussian(300, 200),
+    "spike at the edge": lambda: 33 * with_spectrum(300, 200, torch.ones(1)).float() + gaussian(300, 200),
+    "power law": lambda: with_spectrum(300, 200, torch.arange(1, 201) ** -0.5).float(),
+    "flat power law": lambda: with_spectrum(300, 200, torch.arange(1, 201) ** -0.1).float(),
+    "all ones": lambda: torch.ones(130, 110),
+    "transposed view": lambda: gaussian(90, 140).mT,
+    "strided view": lambda: gaussian(180, 280)[::2, ::2],
+    "scale 1e-12": lambda: gaussian(150, 100) * 1e-12,
+    "scale 1e12": lambda: gaussian(150, 100) * 1e12,
+    "small, scale 1e-12": lambda: gaussian(30, 20) * 1e-12,
+    "small, scale 1e12": lambda: gaussian(30, 20) * 1e12,
+    "bfloat16": lambda: gaussian(200, 130).bfloat16(),
+    "float16": lambda: gaussian(200, 130).half(),
+    "float64": lambda: gaussian(200, 130).double(),
+    "small bfloat16": lambda: gaussian(20, 30).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_sigma_equals_that_of_a_full_decomposition_cold_and_warm(name):
+    matrix = MATRICES[name]()
+    cold = top_singular_values([matrix])
+    warm = top_singular_values([matrix], cold.state)
+    for estimate in (cold, warm):
+        assert relative_error(estimate.sigma[0], matrix) < ACCURACY
+        assert estimate.sigma.dtype == (torch.float64 if matrix.dtype == torch.float64 else torch.float32)
+        assert estimate.sigma.shape == estimate.residual.shape == estimate.passes.shape == (1,)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("iterations", [None, 2])
+def test_the_residual_is_that_of_the_vector_returned(name, iterations):
+    matrix = MATRICES[name]()
+    estimate = top_singular_values([matrix], iterations=iterations)
+    vector = estimate.state.vectors[0][:, 0]
+    assert float(vector.norm()) == pytest.approx(1, abs=1e-5)
+    # The products are float32: a residual below 1e-5 is rounding.
+    assert float(estimate.residual[0]) == pytest.approx(
+        true_residual(matrix, vector, estimate.sigma[0]), rel=1e-2, abs=1e-5
+    )
+
+
+def test_two_iterations_on_a_flat_spectrum_say_that_they_have_not_arrived():
+    matrix = gaussian(400, 300)
+    estimate = top_singular_values([matrix], iterations=2)
+    assert relative_error(estimate.sigma[0], matrix) > 1e-2
+    assert float(estimate.residual[0]) > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(90, 80), (20, 10), (1, 5), (5, 1), (1, 1)])
+def test_a_zero_matrix_has_sigma_0_and_residual_0(shape):
+    cold = top_singular_values([torch.zeros(shape)])
+    for estimate in (cold, top_singular_values([torch.zeros(shape)], cold.state)):
+        assert estimate.sigma.tolist() == [0.0]
+        assert estimate.residual.tolist() == [0.0]
+
+
+def test_a_matrix_that_is_no_longer_zero_is_measured_from_the_state_of_when_it_was():
+    state = top_singular_values([torch.zeros(120, 90)]).state
+    matrix = gaussian(120, 90)
+    assert relative_error(top_singular_values([matrix], state).sigma[0], matrix) < ACCURACY
+
+
+def test_many_matrices_are_measured_independently_and_in_order():
+    matrices = [build() for build in MATRICES.values() if build().dtype == torch.float32]
+    together = top_singular_values(matrices)
+    errors = [relative_error(sigma, matrix) for sigma, matrix in zip(together.sigma, matrices, strict=True)]
+    assert max(errors) < ACCURACY
+    assert together.sigma.shape == together.residual.shape == together.passes.shape == (len(matrices),)
+
+
+def test_no_matrix_gives_an_empty_estimate():
+    estimate = top_singular_values([])
+    assert estimate.sigma.shape == estimate.residual.shape == (0,)
+
+
+def test_parameters_are_measured_without_a_graph_and_left_alone():
+    parameter = torch.nn.Parameter(gaussian(100, 80))
+    kept = parameter.detach().clone()
+    estimate = top_singular_values([parameter])
+    assert not estimate.sigma.requires_grad
+    assert not any(vectors.requires_grad for vectors in estimate.state.vectors)
+    assert torch.equal(parameter.detach(), kept)
+    assert parameter.grad is None
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(
+    rows=st.integers(1, 110),
+    columns=st.integers(1, 110),
+    rank=st.integers(0, 110),
+    decay=st.sampled_from([0.0, 0.1, 0.5, 2.0]),
+    exponent=st.integers(-12, 12),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**20),
+)
+def test_any_matrix(rows, columns, rank, decay, exponent, dtype, seed):
+    k = min(rows, columns, rank)
+    spectrum = torch.arange(1, k + 1, dtype=torch.float64) ** -decay * 10.0**exponent
+    matrix = with_spectrum(rows, columns, spectrum, seed).to(dtype)
+    state = SpectralState(seed=seed)
+    for _ in range(2):  # cold, then warm
+        estimate = top_singular_values([matrix], state)
+        state = estimate.state
+        if k == 0:
+            assert estimate.sigma.tolist() == [0.0]
+        else:
+            assert relative_error(estimate.sigma[0], matrix) < ACCURACY
+            assert float(estimate.sigma[0]) <= true_sigma(matrix) * (1 + 2e-6)  # an estimate from below
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    side=st.sampled_from([(40, 30), (100, 80), (80, 150)]),
+    factor=st.floats(1e-3, 1e3),
+    seed=st.integers(0, 2**20),
+)
+def test_sigma_scales_with_the_matrix_and_is_that_of_the_transpose(side, factor, seed):
+    matrix = gaussian(*side, seed=seed)
+    sigma = float(top_singular_values([matrix]).sigma[0])
+    assert float(top_singular_values([matrix * factor]).sigma[0]) == pytest.approx(sigma * factor, rel=ACCURACY)
+    assert float(top_singular_values([matrix.mT]).sigma[0]) == pytest.approx(sigma, rel=ACCURACY)
+
+
+class TestWarmStart:
+    def test_it_costs_fewer_passes(self):
+        matrices = [gaussian(400, 200, seed) for seed in range(4)]
+        cold = top_singular_values(matrices)
+        moved = [matrix + 1e-3 * gaussian(400, 200, 100 + seed) for seed, matrix in enumerate(matrices)]
+        warm = top_singular_values(moved, cold.state)
+        afresh = top_singular_values(moved)
+        for w, c, sigma, matrix in zip(warm.passes, afresh.passes, warm.sigma, moved, strict=True):
+            assert int(w) <= int(c) / 2
+            assert relative_error(sigma, matrix) < ACCURACY
+
+    def test_it_follows_a_matrix_that_drifts(self):
+        matrix, state = gaussian(200, 120), None
+        for step in range(25):
+            matrix = 0.98 * matrix + 0.2 * gaussian(200, 120, 1 + step)
+            estimate = top_singular_values([matrix], state)
+            state = estimate.state
+            assert relative_error(estimate.sigma[0], matrix) < ACCURACY
+
+    def test_a_looser_tolerance_costs_fewer_passes_and_still_holds(self):
+        matrix = gaussian(600, 400)
+        tight, loose = top_singular_values([matrix]), top_singular_values([matrix], tolerance=1e-2)
+        assert int(loose.passes[0]) < int(tight.passes[0])
+        assert relative_error(loose.sigma[0], matrix) < 1e-2
+
+    @pytest.mark.parametrize("iterations", [1, 3, 7])
+    def test_iterations_bound_the_passes(self, iterations):
+        estimate = top_singular_values([gaussian(400, 300)], iterations=iterations)
+        assert int(estimate.passes[0]) <= 2 * iterations
+
+    @pytest.mark.parametrize("rank", [1, 2, 5])
+    def test_rank_is_how_many_orthonormal_vectors_are_kept(self, rank):
+        matrix = gaussian(150, 100)
+        estimate = top_singular_values([matrix], rank=rank)
+        (vectors,) = estimate.state.vectors
+        assert vectors.shape == (100, rank)
+        assert torch.allclose(vectors.mT @ vectors, torch.eye(rank), atol=1e-3)
+        warm = top_singular_values([matrix], estimate.state, rank=rank)
+        assert relative_error(warm.sigma[0], matrix) < ACCURACY
+
+    @pytest.mark.parametrize("factor", [1.5, 3.0, 100.0])
+    @pytest.mark.parametrize("bulk", ["gap", "linear", "power law"])
+    @pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+    def test_a_new_top_orthogonal_to_the_warm_vectors_is_found_at_once(self, shape, bulk, factor):
+        k = min(shape)
+        for seed in range(3):
+            old, new = _planted(shape, _bulk(bulk, k), factor, seed)
+            state = top_singular_values([old]).state
+            estimate = top_singular_values([new], state)
+            assert relative_error(estimate.sigma[0], new) < ACCURACY
+
+    @pytest.mark.parametrize("bulk", ["gap", "linear", "power law"])
+    def test_a_new_top_barely_above_the_old_one_is_found_within_ten_calls(self, bulk):
+        for seed in range(3):
+            old, new = _planted((300, 200), _bulk(bulk, 200), 1.05, seed)
+            state = top_singular_values([old]).state
+            for _ in range(10):
+                estimate = top_singular_values([new], state)
+                state = estimate.state
+            assert relative_error(estimate.sigma[0], new) < ACCURACY
+
+    def test_a_runner_up_that_overtakes_is_found_at_once(self):
+        spectrum = torch.cat([torch.tensor([1.0, 0.99]), torch.linspace(0.6, 0.0, 148)])
+        old = with_spectrum(200, 150, spectrum).float()
+        spectrum[1] = 1.01
+        new = with_spectrum(200, 150, spectrum).float()
+        estimate = top_singular_values([new], top_singular_values([old]).state)
+        assert relative_error(estimate.sigma[0], new) < ACCURACY
+
+    @pytest.mark.parametrize("other", [(300, 90), (90, 300), (80, 80), (20, 10), (1, 1)])
+    def test_a_state_of_other_shapes_is_not_used(self, other):
+        state = top_singular_values([gaussian(*other)]).state
+        matrix = gaussian(200, 120)
+        assert relative_error(top_singular_values([matrix], state).sigma[0], matrix) < ACCURACY
+
+    def test_a_state_of_another_number_of_matrices_is_not_used(self):
+        state = top_singular_values([gaussian(200, 120), gaussian(90, 70)]).state
+        matrix = gaussian(200, 120, 3)
+        assert relative_error(top_singular_values([matrix], state).sigma[0], matrix) < ACCURACY
+
+    def test_a_state_of_another_precision_is_used(self):
+        matrix = gaussian(300, 200).double()
+        cold = top_singular_values([matrix.float()])
+        warm = top_singular_values([matrix], cold.state)
+        assert int(warm.passes[0]) < int(cold.passes[0])
+        assert relative_error(warm.sigma[0], matrix) < ACCURACY
+
+    def test_a_state_that_was_saved_goes_on_as_the_one_that_was_not(self):
+        matrices = [gaussian(200, 120), gaussian(40, 30), gaussian(90, 70).double()]
+        state = top_singular_values(matrices).state
+        file = io.BytesIO()
+        torch.save({"vectors": list(state.vectors), "seed": state.seed}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=True)
+        restored = SpectralState(tuple(saved["vectors"]), saved["seed"])
+        moved = [matrix + 0.01 for matrix in matrices]
+        went_on, resumed = top_singular_values(moved, state), top_singular_values(moved, restored)
+        assert torch.equal(went_on.sigma, resumed.sigma)
+        assert torch.equal(went_on.passes, resumed.passes)
+        assert went_on.state.seed == resumed.state.seed
+        for a, b in zip(went_on.state.vectors, resumed.state.vectors, strict=True):
+            assert torch.equal(a, b)
+
+    def test_each_call_draws_other_columns(self):
+        matrix = gaussian(300, 200)
+        one, two = (top_singular_values([matrix], SpectralState(seed=seed), iterations=1) for seed in (0, 1))
+        assert one.sigma.item() != two.sigma.item()
+        assert top_singular_values([matrix]).state.seed != SpectralState().seed
+
+
+def _bulk(kind: str, k: int) -> torch.Tensor:
+    if kind == "gap":
+        return torch.cat([torch.tensor([1.0, 0.9]), torch.linspace(0.5, 0.1, k - 2)])
+    return torch.linspace(1, 0, k) if kind == "linear" else torch.arange(1, k + 1) ** -0.5
+
+
+def _planted(shape: tuple[int, int], spectrum: torch.Tensor, factor: float, seed: int) -> tuple[torch.Tensor, ...]:
+    """A matrix, and the same with its last singular value raised to ``factor`` times the first."""
+    raised = spectrum.clone()
+    raised[-1] = factor * spectrum[0]
+    return with_spectrum(*shape, spectrum, seed).float(), with_spectrum(*shape, raised, seed).float()
+
+
+class TestNonFinite:
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("where", ["one entry", "everywhere"])
+    @pytest.mark.parametrize("shape", [(150, 100), (100, 150), (20, 10), (30, 1), (1, 1)])
+    def test_it_gives_nan_and_does_not_poison_the_next_call(self, value, where, shape):
+        matrix = gaussian(*shape)
+        broken = matrix.clone() if where == "one entry" else torch.full(shape, value)
+        broken[-1, -1] = value
+        before = top_singular_values([matrix])
+        during = top_singular_values([broken], before.state)
+        assert math.isnan(during.sigma[0])
+        after = top_singular_values([matrix], during.state)
+        assert relative_error(after.sigma[0], matrix) < ACCURACY
+        assert int(after.passes[0]) <= int(top_singular_values([matrix], before.state).passes[0])  # still warm
+
+    def test_it_does_not_poison_a_cold_start(self):
+        matrix = gaussian(150, 100)
+        during = top_singular_values([torch.full((150, 100), math.nan)])
+        assert math.isnan(during.sigma[0])
+        after = top_singular_values([matrix], during.state)
+        assert relative_error(after.sigma[0], matrix) < ACCURACY
+
+    def test_its_neighbours_are_measured(self):
+        matrices = [gaussian(150, 100), torch.full((90, 80), math.nan), gaussian(30, 40)]
+        sigma = top_singular_values(matrices).sigma
+        assert torch.isnan(sigma).tolist() == [False, True, False]
+        assert relative_error(sigma[0], matrices[0]) < ACCURACY
+        assert relative_error(sigma[2], matrices[2]) < ACCURACY
+
+
+class TestRandomStreams:
+    def test_no_global_stream_is_drawn_from_or_moved(self):
+        before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+        top_singular_values([gaussian(200, 120), gaussian(10, 10)])
+        torch_state, numpy_state, python_state = before
+        assert torch.equal(torch.get_rng_state(), torch_state)
+        assert np.array_equal(np.random.get_state()[1], numpy_state[1])  # noqa: NPY002
+        assert np.random.get_state()[2:] == numpy_state[2:]  # noqa: NPY002
+        assert random.getstate() == python_state
+
+    def test_the_result_does_not_depend_on_a_global_stream(self):
+        matrix, results = gaussian(200, 120), []
+        for seed in (0, 1):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                results.append(top_singular_values([matrix], iterations=3).sigma.item())
+        assert results[0] == results[1]

@@ -1,0 +1,38 @@
+"""Every example runs in its short form, as a user would start it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SHORT = {
+    "plain_loop.py": ["--steps", "20", "--port", "0"],
+    "lightning_digits.py": ["--steps", "20"],
+    "custom_sink.py": [],
+}
+SAYS = {
+    "plain_loop.py": "The longest step had r = ",
+    "lightning_digits.py": "Test accuracy ",
+    "custom_sink.py": "step,loss,normalized_step_size\n0,",
+}
+
+
+def test_every_example_is_run():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SHORT)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_example(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *SHORT[name]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONWARNINGS": "default", "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert SAYS[name] in done.stdout
