@@ -53,8 +53,8 @@ def main() -> None:
         f"{describe()}.",
         "",
         f"ByteLM ({sum(p.numel() for p in ByteLM().parameters()):,} parameters), batch {options.batch} x 64 bytes, "
-        f"AdamW, {options.device}; {options.repeats} repetitions of {options.steps} interleaved pairs of steps, nothing "
-        "trimmed.",
+        f"AdamW, {options.device}; {options.repeats} repetitions of {options.steps} interleaved pairs of steps, "
+        "nothing trimmed.",
         f"Command: `python benchmarks/overhead.py --batch {options.batch} --write`.",
         "",
         "| monitors | time over plain: median | min – max | plain step |",

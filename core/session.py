@@ -92,7 +92,7 @@ class Session:
         for name, _ in self._monitors:
             self._readings.count(metrics.MEASUREMENTS, 0, name)
 
-        self._index = 0
+        self._index, self._unfetched = 0, False
         self._step: Step | None = None
         self._due: list[tuple[str, Monitor]] = []
         self._needs = Need.NOTHING
@@ -126,7 +126,7 @@ class Session:
     @property
     def latest(self) -> Snapshot:
         """Everything measured so far, fetched from the device now if it has not been."""
-        if self._snapshot.step != self._readings.step:
+        if self._unfetched:
             with self._at_work():
                 self._fetch()
         return self._snapshot
@@ -284,6 +284,7 @@ class Session:
             self._readings.count(metrics.STEPS)
             self._readings.gauge(metrics.LAST_STEP_TIMESTAMP, time.time())
             self._index += 1
+            self._unfetched = True
             self._arm()
         self._publish(step.index)
 
@@ -340,6 +341,7 @@ class Session:
         if self._index >= _SETTLED:
             self._readings.gauge(metrics.OVERHEAD_RATIO, self._time.ratio)
         self._snapshot = self._readings.fetch(self._run)
+        self._unfetched = False
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:

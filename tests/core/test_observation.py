@@ -512,9 +512,7 @@ def test_model_compiled_as_one_graph_is_unchanged(capsys: pytest.CaptureFixture[
     assert_unchanged(capsys, steps=10, midway=Compiling("aot_eager", fullgraph=True))
 
 
-@pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="inductor needs a C++ compiler"
-)
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="inductor needs a C++ compiler")
 def test_model_compiled_by_inductor_is_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     assert_unchanged(capsys, steps=8, midway=Compiling("inductor"))
 

@@ -223,8 +223,6 @@ def test_scale_in_other_precisions(dtype: torch.dtype) -> None:
 def test_scale_of_one_leaves_the_parameters_to_the_bit(
     optimizers: Callable[[nn.Module], list[Optimizer]], dtype: torch.dtype
 ) -> None:
-    if optimizers is adamw_fused and dtype is torch.bfloat16:
-        pytest.skip("fused AdamW on the CPU keeps other rounding in half precision between equal runs")
     alone, run = prepared(optimizers, dtype), prepared(optimizers, dtype)
     every = Deciding(lambda step: [Scale(1.0, "nothing to object to.", name) for name in step.update.tensors])
     with run.attach(scaling(1.0), every) as session:
@@ -394,9 +392,7 @@ def test_readings_and_traces_of_a_scaled_step() -> None:
 
 def test_several_joint_scales_multiply() -> None:
     run = Run(model=Linear)
-    with run.attach(
-        scaling(0.5), scaling(0.2), monitors=[redline.GhostRadius(1, max_samples=None)]
-    ) as session:
+    with run.attach(scaling(0.5), scaling(0.2), monitors=[redline.GhostRadius(1, max_samples=None)]) as session:
         run.step(1)
         latest = session.latest
     assert latest.value("redline_step_scale") == pytest.approx(0.1)
@@ -680,7 +676,9 @@ def test_controller_that_raises_leaves_the_step_as_it_is(
     alone, run = prepared(optimizers), prepared(optimizers)
     alone.step(3)
     with run.attach(Deciding(fail)):
-        with pytest.raises(ControllerError, match=r"Deciding failed at step 0 with ZeroDivisionError: of its own making"):
+        with pytest.raises(
+            ControllerError, match=r"Deciding failed at step 0 with ZeroDivisionError: of its own making"
+        ):
             run.step(3)
         assert_same_bits(run.parameters, alone.parameters)
         assert run.state == alone.state
@@ -746,13 +744,12 @@ def test_run_can_go_on_after_a_controller_failed(moment: str) -> None:
     ],
 )
 def test_answer_that_is_no_decision_is_refused_by_name(controller: Callable[[], Deciding]) -> None:
-    alone, run = prepared(), prepared()
-    alone.step(3)
-    with run.attach(controller()):
-        with pytest.raises((ControllerError, ConfigurationError), match=r"Deciding|no\.such\.parameter"):
-            run.step(3)
-        untouched = run.parameters
-    assert_same_bits({k: v for k, v in untouched.items()}, untouched)
+    run = prepared()
+    with (
+        run.attach(controller()),
+        pytest.raises((ControllerError, ConfigurationError), match=r"Deciding|no\.such\.parameter"),
+    ):
+        run.step(3)
 
 
 # Several optimizers, one joint step -------------------------------------------------------------------------------------
@@ -826,7 +823,218 @@ def test_joint_step_of_which_one_was_skipped_is_committed_before_another_steps_a
         run.optimizers[0].step()
         committed: list[dict[str, Tensor]] = []
         # A hook added later runs later: after the commit, before the second update.
-        run.optimizers[0].register_step_pre_hook(lambda *_: committed.append(run.parameters))
+        handle = run.optimizers[0].register_step_pre_hook(lambda *_: committed.append(run.parameters))
         run.optimizers[0].step()
+        handle.remove()
         assert len(controller.seen) == 1
-        run.parameters, before_second = committed[0], committed[0]  # type: ignore[misc]
+        assert session.latest.value("redline_steps_total") == 1
+        run.optimizers[1].step()
+        assert len(controller.seen) == 2
+    moved, run.model = run.model, Net()
+    run.model.load_state_dict(moved.state_dict() | committed[0])
+    factors = {name: 0.5 if tensor.dim() == 2 else 1.0 for name, tensor in before.items()}
+    assert_scaled(run, before, alone.parameters, factors)
+
+
+def test_joint_step_left_open_is_committed_on_close() -> None:
+    run, alone = prepared(muon_and_adamw), prepared(muon_and_adamw)
+    before = run.parameters
+    alone.backward(3)
+    alone.optimizers[0].step()
+    with run.attach(scaling(0.5)) as session:
+        run.backward(3)
+        run.optimizers[0].step()
+    assert session.latest.value("redline_steps_total") == 1
+    factors = {name: 0.5 if tensor.dim() == 2 else 1.0 for name, tensor in before.items()}
+    assert_scaled(run, before, alone.parameters, factors)
+
+
+@pytest.mark.parametrize("decided", ["withheld", "rejected"])
+def test_joint_step_is_withheld_or_rejected_as_a_whole_even_if_one_was_skipped(decided: str) -> None:
+    run = prepared(muon_and_adamw)
+    controller = Deciding(
+        at(0, Reject("as told.")) if decided == "rejected" else lambda step: (),
+        withhold=withholding(0) if decided == "withheld" else lambda step: None,
+        snapshots_state=True,
+    )
+    before, state = run.parameters, run.state
+    with run.attach(controller):
+        run.backward(3)
+        run.optimizers[1].step()
+        run.model(torch.zeros(2, 200))
+        assert_same_bits(run.parameters, before)
+        assert run.state == state
+    assert run.model.get_parameter("body.bias").grad is not None
+
+
+# Who may be controlled --------------------------------------------------------------------------------------------------
+
+
+class Lookahead(torch.optim.SGD):
+    """Keeps slow weights, and every second step writes the parameters from them."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr)
+        self.taken = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["slow_buffer"] = parameter.detach().clone()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        self.taken += 1
+        for group in self.param_groups if self.taken % 2 == 0 else ():
+            for parameter in group["params"]:
+                slow = self.state[parameter]["slow_buffer"]
+                slow.lerp_(parameter, 0.5)
+                parameter.copy_(slow)
+        return result
+
+
+class MasterWeights(torch.optim.Optimizer):
+    """Gradient descent on float32 copies of half-precision parameters, under a name and a key that nobody knows."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["precise"] = parameter.detach().float()
+                state["precise"] -= group["lr"] * parameter.grad.float()
+                parameter.copy_(state["precise"])
+
+
+def lookahead(model: nn.Module) -> list[Optimizer]:
+    return [Lookahead(model.parameters(), 0.1)]
+
+
+def master_weights(model: nn.Module) -> list[Optimizer]:
+    return [MasterWeights(model.parameters(), 0.1)]
+
+
+def lbfgs(model: nn.Module) -> list[Optimizer]:
+    return [torch.optim.LBFGS(model.parameters(), 0.1, max_iter=3)]
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "message"),
+    [
+        (lbfgs, "got controllers on LBFGS, which may only be monitored: LBFGS moves the parameters many times"),
+        (lookahead, "got controllers on Lookahead, which may only be monitored: Lookahead keeps shadow weights"),
+    ],
+)
+def test_optimizer_known_to_undo_control_is_refused_by_name(
+    optimizers: Callable[[nn.Module], list[Optimizer]], message: str
+) -> None:
+    run = Run(optimizers)
+    hooks = len(run.model._forward_pre_hooks), len(run.optimizers[0]._optimizer_step_pre_hooks)
+    with pytest.raises(ConfigurationError, match=message):
+        run.attach(Deciding())
+    assert hooks == (len(run.model._forward_pre_hooks), len(run.optimizers[0]._optimizer_step_pre_hooks))
+
+
+def test_one_of_several_that_undoes_control_is_refused() -> None:
+    run = Run(lambda model: [torch.optim.SGD([model.head.weight], 0.1), Lookahead([model.body.weight], 0.1)])
+    with pytest.raises(ConfigurationError, match="got controllers on Lookahead"):
+        run.attach(Deciding())
+
+
+def test_master_weights_are_found_out_when_they_appear() -> None:
+    run = Run(master_weights, torch.bfloat16)
+    with (
+        run.attach(scaling(0.5)),
+        pytest.raises(ConfigurationError, match=r"on MasterWeights.*keeps shadow weights \(state 'precise'\)"),
+    ):
+        run.step(1)
+
+
+def test_master_weights_of_a_resumed_run_are_refused_at_once() -> None:
+    run = Run(master_weights, torch.bfloat16)
+    run.step(1)
+    with pytest.raises(ConfigurationError, match="got controllers on MasterWeights, which may only be monitored"):
+        run.attach(Deciding())
+
+
+def test_master_weights_that_appear_after_a_withheld_step_are_found_out() -> None:
+    run = Run(master_weights, torch.bfloat16)
+    controller = Deciding(lambda step: [Scale(0.5, "as told.")], withhold=withholding(0))
+    with run.attach(controller):
+        run.step(1)
+        with pytest.raises(ConfigurationError, match="got controllers on MasterWeights, which may only be monitored"):
+            run.step(2)
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "dtype"), [(lookahead, torch.float32), (master_weights, torch.bfloat16), (lbfgs, torch.float32)]
+)
+def test_optimizers_that_must_not_be_controlled_may_be_watched(
+    optimizers: Callable[[nn.Module], list[Optimizer]], dtype: torch.dtype
+) -> None:
+    alone, run = Run(optimizers, dtype), Run(optimizers, dtype)
+
+    def step(run: Run, seed: int) -> None:
+        def closure() -> Tensor:
+            run.optimizers[0].zero_grad()
+            run.backward(seed)
+            return torch.tensor(1.0)
+
+        run.optimizers[0].step(closure) if optimizers is lbfgs else run.step(seed)
+
+    with run.attach(monitors=[redline.UpdateSpectrum(1), redline.GhostRadius(1), redline.StepHealth(1)]) as session:
+        for seed in range(3):
+            before = run.parameters
+            step(alone, seed)
+            step(run, seed)
+            update = {name: tensor.double() - before[name].double() for name, tensor in run.parameters.items()}
+            assert session.latest.value("redline_update_norm") == pytest.approx(norm(update), rel=1e-3)
+    assert_same_bits(run.parameters, alone.parameters)
+    assert session.latest.value("redline_measurements_total", monitor="GhostRadius") == 3
+    assert session.notes == ()
+
+
+@pytest.mark.parametrize(
+    "optimizers",
+    [
+        sgd,
+        adam,
+        adamw_foreach,
+        adamw_fused,
+        muon_and_adamw,
+        *(
+            pytest.param(lambda model, kind=kind: [kind(model.parameters())], id=kind.__name__)
+            for kind in (
+                torch.optim.Adagrad,
+                torch.optim.Adadelta,
+                torch.optim.Adamax,
+                torch.optim.ASGD,
+                torch.optim.NAdam,
+                torch.optim.RAdam,
+                torch.optim.RMSprop,
+                torch.optim.Rprop,
+                torch.optim.Adafactor,
+            )
+        ),
+    ],
+)
+def test_torch_optimizers_that_keep_no_shadow_weights_may_be_controlled(
+    optimizers: Callable[[nn.Module], list[Optimizer]],
+) -> None:
+    """Averages (ASGD's) and counters that happen to equal a parameter are no shadow weights: nothing is read back."""
+    alone, run = Run(optimizers), Run(optimizers)
+    for one in (alone, run):
+        one.model.temperature = nn.Parameter(torch.tensor(1.0))
+        one.optimizers[-1].add_param_group({"params": [one.model.temperature]})
+        one.model.temperature.grad = torch.zeros(())
+    before = run.parameters
+    alone.step(1)
+    with run.attach(scaling(0.5)) as session:
+        run.step(1)
+    assert_scaled(run, before, alone.parameters, dict.fromkeys(before, 0.5))
+    assert len(session.interventions) == 1

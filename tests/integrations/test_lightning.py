@@ -51,6 +51,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    seed(0)
+
+
+def seed(value: int) -> None:
+    random.seed(value)
+    np.random.seed(value)  # noqa: NPY002 the run's own stream
+    torch.manual_seed(value)
+
+
 # What is trained -----------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +266,7 @@ def fit_recorded(
     task: Callable[[nn.Module], pl.LightningModule], arguments: dict[str, Any], *callbacks: pl.Callback
 ) -> list[dict[str, Any]]:
     record = Record()
-    pl.seed_everything(3, verbose=False)
+    seed(3)
     module = task(Delicate())
     loader = data(100)
     trainer(*callbacks, record, max_epochs=1, num_sanity_val_steps=1, **arguments).fit(
@@ -329,7 +340,7 @@ class LogsInForward(CallsItself):
 
 def test_what_forward_logs_is_not_changed_by_calling_it_again():
     def fit(*callbacks: pl.Callback) -> dict[str, float]:
-        pl.seed_everything(0, verbose=False)
+        seed(0)
         one = trainer(*callbacks, max_epochs=1)
         one.fit(LogsInForward(), data(5))
         return {name: float(value) for name, value in one.callback_metrics.items()}
@@ -364,7 +375,6 @@ class Proposal(pl.Callback):
 @pytest.mark.parametrize("arguments", [{}, {"module": "net"}])
 @pytest.mark.parametrize("task", [CallsItself, CallsItsNet])
 def test_r_is_measured_however_the_net_is_called(task: type[Task], arguments: dict[str, Any]):
-    pl.seed_everything(0, verbose=False)
     callback, keep = measuring_r(**arguments)
     proposal = Proposal()
     trainer(callback, proposal, max_epochs=1).fit(task(), data(8))
@@ -373,7 +383,6 @@ def test_r_is_measured_however_the_net_is_called(task: type[Task], arguments: di
 
 
 def test_r_in_manual_optimization_is_of_both_optimizers_together():
-    pl.seed_everything(0, verbose=False)
     callback, keep = measuring_r()
     proposal = Proposal()
     module = TwoOptimizers()
@@ -419,7 +428,7 @@ def half_precision(scale: float) -> MixedPrecision:
 
 def test_loss_and_gradients_are_read_without_the_loss_scale():
     def fit(**arguments: Any) -> Keep:
-        pl.seed_everything(0, verbose=False)
+        seed(0)
         callback, keep = measuring_r()
         trainer(callback, max_epochs=1, **arguments).fit(CallsItself(), data(5))
         return keep
@@ -464,6 +473,23 @@ def test_the_gradient_norm_is_read_after_clipping():
     trainer(callback, norms, max_epochs=1, gradient_clip_val=0.01).fit(CallsItself(), data(6))
     assert min(norms.norms) > 0.02
     assert keep.values("redline_gradient_norm") == pytest.approx([0.01] * 6, rel=1e-3)
+
+
+class TakesTurns(TwoOptimizers):
+    """Steps Muon on even batches and AdamW on odd ones."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        self.optimizers()[batch_idx % 2].step()
+
+
+def test_a_step_that_one_of_two_optimizers_sits_out_is_a_step_all_the_same():
+    callback, keep = measuring_r()
+    proposal = Proposal()
+    trainer(callback, proposal, max_epochs=1).fit(TakesTurns(), data(6))
+    assert [snapshot.step for snapshot in keep.snapshots] == list(range(6))
+    assert keep.values(R) == pytest.approx(proposal.expected, rel=1e-3)
 
 
 class Scheduled(CallsItself):
@@ -514,7 +540,6 @@ class GivesMore(CallsItself):
 
 
 def test_logits_are_taken_out_of_a_tuple():
-    pl.seed_everything(0, verbose=False)
     callback, keep = measuring_r(logits=lambda output: output[2])
     proposal = Proposal()
     trainer(callback, proposal, max_epochs=1).fit(GivesMore(), data(4))
@@ -549,7 +574,6 @@ class Silent(CallsItself):
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_lightning_module(backend: str):
-    pl.seed_everything(0, verbose=False)
     callback, keep = measuring_r()
     module = Silent()
     proposal = Proposal()
@@ -561,7 +585,6 @@ def test_a_compiled_lightning_module(backend: str):
 
 @pytest.mark.parametrize("task", [CallsItself, CallsItsNet])
 def test_a_compiled_net_inside(task: type[Task]):
-    pl.seed_everything(0, verbose=False)
     callback, keep = measuring_r()
     module = task()
     module.net = torch.compile(module.net, backend="eager")
@@ -584,7 +607,6 @@ def own_process_group() -> Iterator[None]:
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("task", [CallsItself, CallsItsNet])
 def test_under_ddp(task: type[Task], own_process_group: None):
-    pl.seed_everything(0, verbose=False)
     callback, keep = measuring_r()
     proposal = Proposal()
     module = task()
@@ -627,7 +649,7 @@ class CallsACopy(pl.Callback):
 
 def test_a_copy_of_the_model_reports_to_nobody():
     def fit(*callbacks: pl.Callback) -> list[float]:
-        pl.seed_everything(0, verbose=False)
+        seed(0)
         callback, keep = measuring_r()
         trainer(callback, *callbacks, max_epochs=1).fit(CallsItself(), data(5))
         return keep.values(R)
@@ -702,7 +724,7 @@ def every_third(keep: Keep, controller: ScaleOnce | None = None) -> RedlineCallb
 @pytest.fixture
 def halfway(tmp_path: Path) -> Path:
     """The checkpoint after 7 of 12 steps, one of them scaled."""
-    pl.seed_everything(0, verbose=False)
+    seed(0)
     saving = ModelCheckpoint(tmp_path, filename="halfway", every_n_train_steps=7, save_top_k=-1)
     trainer(every_third(Keep()), saving, max_epochs=1, enable_checkpointing=True).fit(
         CallsItself(), data(12, same=True)
@@ -711,7 +733,6 @@ def halfway(tmp_path: Path) -> Path:
 
 
 def test_a_resumed_fit_goes_on_counting(halfway: Path):
-    pl.seed_everything(0, verbose=False)
     through, through_keep = every_third(keep := Keep()), keep
     trainer(through, max_epochs=1).fit(CallsItself(), data(12, same=True))
 
@@ -772,6 +793,20 @@ def test_a_checkpoint_of_a_run_without_redline_is_fine(tmp_path: Path):
     callback = every_third(keep := Keep())
     trainer(callback, max_epochs=1).fit(CallsItself(), data(12, same=True), ckpt_path=tmp_path / "plain.ckpt")
     assert len(keep.snapshots) == 5
+
+
+class Validates(CallsItself):
+    """Has a validation loop."""
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+def test_a_checkpoint_that_was_only_validated_is_not_where_the_next_fit_goes_on(halfway: Path):
+    callback = every_third(keep := Keep())
+    trainer(callback).validate(Validates(), data(2), ckpt_path=halfway, verbose=False)
+    trainer(callback, max_epochs=1).fit(CallsItself(), data(3))
+    assert [snapshot.step for snapshot in keep.snapshots] == [0, 1, 2]
 
 
 # Nothing stays behind ------------------------------------------------------------------------------------------------

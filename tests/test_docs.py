@@ -1,0 +1,37 @@
+"""Pages that are written from code stand as the code says; the README shows what it must."""
+
+import importlib.util
+from pathlib import Path
+
+import redline
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_metrics_page_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("render_metrics", ROOT / "docs" / "render_metrics.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    assert page.PAGE.read_text() == page.render(), "run: python docs/render_metrics.py"
+
+
+def test_every_monitor_has_a_row_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for monitor in redline.default_monitors():
+        assert f"| `{type(monitor).__name__}` |" in readme
+
+
+def test_links_of_the_readme_lead_somewhere():
+    import re
+
+    readme = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", readme):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_the_sink_shown_in_the_readme_is_the_one_that_runs():
+    readme = (ROOT / "README.md").read_text()
+    example = (ROOT / "examples" / "custom_sink.py").read_text()
+    shown = readme.split("class CsvSink", 1)[1].split("```", 1)[0].strip()
+    assert shown in example
