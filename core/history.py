@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from redline.metrics import NORMALIZED_STEP_SIZE
 from redline.readings import Series
 
+STEP_SIZE_EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 3.0, 10.0)
 _MOST_STEP_SIZES = 8192
 
 
@@ -35,23 +37,36 @@ class RunHistory:
 
     def __init__(self) -> None:
         self.courses: dict[Series, Course] = {}
+        self.step_size_counts = [0] * len(STEP_SIZE_EDGES)
+        """How many r lay from each edge of ``STEP_SIZE_EDGES`` up to the next."""
+        self.nonfinite_step_sizes = 0
         self.step_sizes: list[tuple[int, float]] = []
-        """``(step, r)`` in order; every other one is dropped whenever there are more than 8,192."""
-        self._stride, self._seen = 1, 0
+        """``(step, r)`` in order, for quantiles; every other one is dropped whenever there are more than 8,192."""
+        self._stride = 1
+
+    @property
+    def measured_step_sizes(self) -> int:
+        """How many r there were, those that were not finite among them."""
+        return sum(self.step_size_counts) + self.nonfinite_step_sizes
 
     def record(self, series: Series, step: int, value: float) -> None:
         """Take in one value."""
-        course = self.courses.get(series)
-        if course is None:
-            self.courses[series] = Course(1, value, value, value, step)
+        if series in self.courses:
+            self.courses[series].add(step, value)
         else:
-            course.add(step, value)
+            self.courses[series] = Course(1, value, value, value if math.isfinite(value) else math.nan, step)
         if series.metric == NORMALIZED_STEP_SIZE.name:
-            if self._seen % self._stride == 0:
-                self.step_sizes.append((step, value))
-            self._seen += 1
-            if len(self.step_sizes) > _MOST_STEP_SIZES:
-                self.step_sizes, self._stride = self.step_sizes[::2], self._stride * 2
+            self._record_step_size(step, value)
+
+    def _record_step_size(self, step: int, value: float) -> None:
+        if self.measured_step_sizes % self._stride == 0:
+            self.step_sizes.append((step, value))
+        if len(self.step_sizes) > _MOST_STEP_SIZES:
+            self.step_sizes, self._stride = self.step_sizes[::2], self._stride * 2
+        if math.isfinite(value):
+            self.step_size_counts[bisect_right(STEP_SIZE_EDGES, value) - 1] += 1
+        else:
+            self.nonfinite_step_sizes += 1
 
     def layers(self, metric: str) -> dict[str, Course]:
         """The course of a per-layer metric, by layer."""
@@ -68,12 +83,15 @@ class RunHistory:
                 [series.metric, list(series.labels), asdict(course)] for series, course in self.courses.items()
             ],
             "step_sizes": [list(pair) for pair in self.step_sizes],
+            "step_size_counts": list(self.step_size_counts),
+            "nonfinite_step_sizes": self.nonfinite_step_sizes,
             "stride": self._stride,
-            "seen": self._seen,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved history."""
         self.courses = {Series(metric, tuple(labels)): Course(**course) for metric, labels, course in state["courses"]}
         self.step_sizes = [(int(step), float(value)) for step, value in state["step_sizes"]]
-        self._stride, self._seen = state["stride"], state["seen"]
+        self.step_size_counts = list(state["step_size_counts"])
+        self.nonfinite_step_sizes = state["nonfinite_step_sizes"]
+        self._stride = state["stride"]

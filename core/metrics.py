@@ -82,7 +82,7 @@ COMMITTED_STEP_SIZE = _define("committed_step_size", "gauge", "1", "r of the ste
 STEP_SCALE = _define("step_scale", "gauge", "1", "Factor that the controllers put on the whole step; 1 is untouched.")
 TANGENT_SAMPLES = _define("tangent_samples", "gauge", "1", "Samples of the batch over which r is the maximum.")
 BATCH_SAMPLES = _define("batch_samples", "gauge", "1", "Samples in the batch that r was measured on.")
-LOSS = _define("loss", "gauge", "1", "Training loss of the last step.")
+LOSS = _define("loss", "gauge", "1", "Training loss of the last step.", tracked=True)
 GRADIENT_NORM = _define("gradient_norm", "gauge", "1", "L2 norm of the gradients the optimizer was given.")
 LEARNING_RATE = _define("learning_rate", "gauge", "1", "Learning rate of the parameter group.", "optimizer", "group")
 WEIGHT_DECAY = _define("weight_decay", "gauge", "1", "Weight decay of the parameter group.", "optimizer", "group")

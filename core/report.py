@@ -6,17 +6,16 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 from redline import metrics
 from redline.controller import Intervention
-from redline.history import RunHistory
+from redline.history import STEP_SIZE_EDGES, RunHistory
+from redline.numerics.tangents import FORWARD_MODE
 from redline.readings import RunInfo, Snapshot
 
 NEAR = 0.5
-"""From this r on a step is called near the redline: half of what the bound allows."""
-_BIN_EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
+"""From this r on a step is called near the redline: half of what the bound allows; an edge of the histogram."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class StepSizes:
     Attributes:
         measured: how often; of these ``nonfinite`` were NaN or infinite and are in no other figure.
         samples: samples of the batch the last r is the maximum over, of ``batch`` in it.
-        method: how the last-resort share of tangents was taken: method to count, forward mode included.
+        method: how many tangents were taken by each method.
         histogram: ``(from, to, count)`` of r.
     """
 
@@ -142,23 +141,24 @@ def _step_sizes(snapshot: Snapshot, history: RunHistory) -> StepSizes | None:
     course = history.course(metrics.NORMALIZED_STEP_SIZE.name)
     if course is None:
         return None
-    every = [value for _, value in history.step_sizes]
-    finite = sorted(value for value in every if math.isfinite(value)) or [math.nan]
-    bins = pairwise(_BIN_EDGES)
-    fallbacks = {labels[0]: int(n) for labels, n in snapshot.series(metrics.TANGENT_FALLBACKS.name).items() if n}
+    finite = sorted(value for _, value in history.step_sizes if math.isfinite(value)) or [math.nan]
+    bins = list(zip(STEP_SIZE_EDGES, (*STEP_SIZE_EDGES[1:], math.inf), history.step_size_counts, strict=True))
+    method = {labels[0]: int(n) for labels, n in snapshot.series(metrics.TANGENT_FALLBACKS.name).items() if n}
+    if forward := history.measured_step_sizes - sum(method.values()):
+        method = {FORWARD_MODE: forward, **method}
     return StepSizes(
-        measured=len(every),
-        nonfinite=len(every) - sum(map(math.isfinite, every)),
+        measured=history.measured_step_sizes,
+        nonfinite=history.nonfinite_step_sizes,
         samples=int(snapshot.series(metrics.TANGENT_SAMPLES.name).get((), 0)),
         batch=int(snapshot.series(metrics.BATCH_SAMPLES.name).get((), 0)),
-        method=fallbacks or {"forward_mode": len(every)},
+        method=method,
         median=statistics.median(finite),
         p95=finite[math.ceil(0.95 * len(finite)) - 1],
         highest=course.highest,
         highest_step=course.highest_step,
-        near=sum(NEAR <= value < 1 for value in finite),
-        over=sum(value >= 1 for value in finite),
-        histogram=tuple((low, high, sum(low <= value < high for value in finite)) for low, high in bins),
+        near=sum(count for low, _, count in bins if NEAR <= low < 1),
+        over=sum(count for low, _, count in bins if low >= 1),
+        histogram=tuple(bins),
     )
 
 
@@ -178,7 +178,13 @@ def _layers(snapshot: Snapshot, history: RunHistory) -> tuple[LayerSummary, ...]
         )
         for name, course in history.layers(metrics.WEIGHT_SPECTRAL_NORM.name).items()
     ]
-    return tuple(sorted(found, key=lambda layer: -(layer.hardest_update or 0.0)))
+    return tuple(sorted(found, key=_hardness, reverse=True))
+
+
+def _hardness(layer: LayerSummary) -> float:
+    """Layers without an update last, those whose updates were never finite first."""
+    update = layer.hardest_update
+    return -1.0 if update is None else math.inf if math.isnan(update) else update
 
 
 def _verdicts(sizes: StepSizes | None, nonfinite: dict[str, int], steps: int) -> tuple[Verdict, ...]:
@@ -187,6 +193,14 @@ def _verdicts(sizes: StepSizes | None, nonfinite: dict[str, int], steps: int) ->
         sources = ", ".join(f"{source} {count} times" for source, count in broken.items())
         found.append(
             Verdict("bad", f"Values were not finite: {sources}. Look at the data and the rate of those steps first.")
+        )
+    if sizes is not None and sizes.nonfinite:
+        found.append(
+            Verdict(
+                "bad",
+                f"r was not finite at {sizes.nonfinite} of {sizes.measured} measured steps: the step or the logits had "
+                "overflowed by then.",
+            )
         )
     if not steps:
         found.append(Verdict("watch", "No optimizer step was taken."))
@@ -209,7 +223,7 @@ def _verdicts(sizes: StepSizes | None, nonfinite: dict[str, int], steps: int) ->
                 f"and {sizes.near} of {sizes.measured} were at {NEAR} or more. There is little room for a higher rate.",
             )
         )
-    elif math.isfinite(sizes.highest):
+    elif not sizes.nonfinite:
         found.append(
             Verdict(
                 "good",

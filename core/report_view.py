@@ -68,7 +68,7 @@ def _facts(report: StabilityReport) -> Table:
 
 def _distribution(sizes: StepSizes) -> RenderableType:
     over = f"over {sizes.samples} of {sizes.batch} samples" if sizes.samples else ""
-    method = ", ".join(f"{name.replace('_', ' ')}" for name in sizes.method)
+    method = " and ".join(name.replace("_", " ") for name in sizes.method)
     heading = Text.assemble(
         ("Step size r", "bold"),
         f"  median {number(sizes.median)} · p95 {number(sizes.p95)} · highest {number(sizes.highest)} at step "

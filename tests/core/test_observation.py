@@ -42,7 +42,7 @@ MEASURED = (
 )
 
 
-# What is trained ------------------------------------------------------------------------------------------------------
+# What is trained ----------------------------------------------------------------------------------
 
 
 class Convolutional(nn.Module):
@@ -118,7 +118,7 @@ def lbfgs(model: nn.Module) -> list[Optimizer]:
     return [torch.optim.LBFGS(model.parameters(), 0.1, max_iter=3)]
 
 
-# How it is trained ----------------------------------------------------------------------------------------------------
+# How it is trained --------------------------------------------------------------------------------
 
 
 class Run:
@@ -262,7 +262,7 @@ def attach(run: Run, exporter: redline.PrometheusExporter, monitors: list[redlin
     )
 
 
-# What is compared -----------------------------------------------------------------------------------------------------
+# What is compared ---------------------------------------------------------------------------------
 
 
 def fingerprint(model: nn.Module, optimizers: list[Optimizer], loss: Tensor) -> dict[str, str]:
@@ -364,7 +364,7 @@ def assert_unchanged(capsys: pytest.CaptureFixture[str], steps: int = STEPS, **c
     assert differences(watched, unwatched) == []
 
 
-# The law --------------------------------------------------------------------------------------------------------------
+# The law ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [Convolutional, Attention])
@@ -423,7 +423,7 @@ def test_submodules_frozen_in_eval_stay_in_eval() -> None:
     assert run.model.get_buffer("normalization.num_batches_tracked") == 4
 
 
-# Copies, wrappers and a second session ----------------------------------------------------------------------------------
+# Copies, wrappers and a second session ------------------------------------------------------------
 
 
 def train_aside(run: Run, model: nn.Module, steps: int = 3) -> None:
@@ -577,7 +577,7 @@ def test_two_runs_side_by_side_are_unchanged() -> None:
         }
 
 
-# The comparison itself notices ----------------------------------------------------------------------------------------
+# The comparison itself notices --------------------------------------------------------------------
 
 
 class Meddling(redline.Monitor):

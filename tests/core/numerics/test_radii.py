@@ -1,6 +1,7 @@
 """Ghost radii against complex zeros of ``F(t) = sum_k exp(z_k + a_k t)`` that are searched for numerically."""
 
 import cmath
+import itertools
 import math
 
 import mpmath
@@ -49,7 +50,7 @@ def zeros_within(z: list[float], a: list[float], radius: float, points: int = 40
     for i in range(points + 1):
         t = radius * cmath.exp(2j * math.pi * i / points)
         values.append(sum(cmath.exp(zk + ak * t) for zk, ak in zip(z, a, strict=True)))
-    return round(sum(cmath.phase(after / before) for before, after in zip(values, values[1:], strict=False)) / math.tau)
+    return round(sum(cmath.phase(after / before) for before, after in itertools.pairwise(values)) / math.tau)
 
 
 class TestSpread:

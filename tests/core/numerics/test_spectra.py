@@ -62,7 +62,9 @@ MATRICES = {
     "rank 1": lambda: gaussian(200, 1) @ gaussian(1, 150, 1),
     "rank 1, small": lambda: gaussian(20, 1) @ gaussian(1, 15, 1),
     "rank 5": lambda: gaussian(200, 5) @ gaussian(5, 150, 1),
-    "one entry not zero": lambda: torch.zeros(120, 90).index_put_((torch.tensor(3), torch.tensor(7)), torch.tensor(2.0)),
+    "one entry not zero": lambda: torch.zeros(120, 90).index_put_(
+        (torch.tensor(3), torch.tensor(7)), torch.tensor(2.0)
+    ),
     "identity": lambda: torch.eye(150),
     "small identity": lambda: torch.eye(20),
     "orthonormal columns": lambda: orthonormal(300, 120).float(),

@@ -100,7 +100,7 @@ class CustomKernel(nn.Module):
 
 def mlp() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(12, 32), nn.Tanh(), nn.Dropout(0.3), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, CLASSES)
+        nn.Linear(12, 32), nn.Tanh(), nn.Dropout(0.3), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, CLASSES)
     )
 
 
@@ -122,7 +122,7 @@ class Case:
     build: Callable[[], nn.Module]
     inputs: Callable[[], Tensor]
     method: str  # the rung that "auto" is to take on the CPU
-    smooth: float = 1e-3  # what the finite difference may be off by, kinks of ReLU included
+    difference: float = 1e-3  # what the finite difference may be off by: more where it crosses kinks of ReLU
 
 
 def vectors() -> Tensor:
@@ -168,7 +168,8 @@ def random_direction(model: nn.Module, norm: float = 0.1, seed: int = 1) -> dict
     }
     length = torch.stack([tensor.norm() for tensor in direction.values()]).norm()
     wide = any(parameter.dtype == torch.float64 for parameter in model.parameters())
-    return {name: (tensor * norm / length).to(torch.float64 if wide else torch.float32) for name, tensor in direction.items()}
+    dtype = torch.float64 if wide else torch.float32
+    return {name: (tensor * norm / length).to(dtype) for name, tensor in direction.items()}
 
 
 def in_float64_without_dropout(model: nn.Module) -> nn.Module:
@@ -234,8 +235,8 @@ class TestAgainstTheJacobian:
         taken = logit_tangent(model, (x,), {}, direction, method="finite_difference")
         z, expected = jacobian_times(model, (x,), direction)
         assert taken.method == "finite_difference"
-        assert relative_error(taken.tangent, expected) < CASES[name].smooth
-        assert relative_error_of_r(taken.tangent, expected) < CASES[name].smooth
+        assert relative_error(taken.tangent, expected) < CASES[name].difference
+        assert relative_error_of_r(taken.tangent, expected) < CASES[name].difference
         assert relative_error(taken.logits, z) < 1e-3
 
     @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].method != "finite_difference"])
@@ -252,7 +253,7 @@ class TestAgainstTheJacobian:
         model, x = model.double(), x.double() if x.is_floating_point() else x
         direction = random_direction(model)
         taken = logit_tangent(model, (x,), {}, direction)
-        accuracy = 1e-12 if CASES[name].method != "finite_difference" else 1e-6
+        accuracy = 1e-12 if CASES[name].method != "finite_difference" else 1e-4
         assert taken.tangent.dtype == torch.float64
         assert relative_error(taken.tangent, jacobian_times(model, (x,), direction)[1]) < accuracy
 
@@ -411,8 +412,7 @@ class TestHalfPrecision:
         assert taken.tangent.dtype == taken.logits.dtype == torch.float32
         assert relative_error(taken.tangent, jacobian_times(model, (x,), direction)[1]) < 2e-2
 
-    # From a few 1e-5 on, the tangent of so short a step is still a float16 number.
-    @pytest.mark.parametrize("norm", [3e-5, 1e-3, 1.0, 1e3])
+    @pytest.mark.parametrize("norm", [1e-3, 1.0, 1e3])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("how", ["parameters", "autocast"])
     def test_short_and_long_steps(self, how, dtype, norm):
@@ -422,7 +422,23 @@ class TestHalfPrecision:
         direction = random_direction(model, norm)
         with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
             taken = logit_tangent(model, (x,), {}, direction)
-        assert relative_error_of_r(taken.tangent, jacobian_times(model, (x,), direction)[1]) < 2e-2
+        assert relative_error_of_r(taken.tangent, jacobian_times(model, (x,), direction)[1]) < 1e-2
+
+    # ||theta|| = 360 and a step of 1e-3: their ratio is no float16 number, the tangent is.
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("how", ["parameters", "autocast"])
+    def test_a_short_step_of_a_large_model(self, how, dtype):
+        torch.manual_seed(0)
+        model, tokens = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, CLASSES)), torch.randint(0, 2000, (8,))
+        if how == "parameters":
+            model = model.to(dtype)
+        direction = random_direction(model, 0.5)
+        direction = {"0.weight": torch.zeros(2000, 64), "1.weight": direction["1.weight"] / 20}
+        with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
+            taken = logit_tangent(model, (tokens,), {}, direction)
+        expected = jacobian_times(model, (tokens,), direction)[1]
+        assert float(tangent_spread(expected).amax()) > 2e-3
+        assert relative_error_of_r(taken.tangent, expected) < 1e-2
 
 
 class TestReadingLogits:
@@ -490,14 +506,18 @@ class TestReadingLogits:
 class TestErrors:
     def test_a_name_that_is_no_parameter(self):
         model, x = build("mlp")
-        with pytest.raises(ConfigurationError, match=r"direction for 'body\.weight', which is no parameter .*'0\.weight'"):
+        with pytest.raises(
+            ConfigurationError, match=r"direction for 'body\.weight', which is no parameter .*'0\.weight'"
+        ):
             logit_tangent(model, (x,), {}, {"body.weight": torch.ones(3)})
         with pytest.raises(ConfigurationError, match=r"value for 'body\.weight', which is no parameter"):
             logit_tangent(model, (x,), {}, random_direction(model), parameters={"body.weight": torch.ones(3)})
 
     def test_an_unknown_method(self):
         model, x = build("mlp")
-        with pytest.raises(ConfigurationError, match=r"got method='reverse_mode'; expected 'auto' or one of forward_mode"):
+        with pytest.raises(
+            ConfigurationError, match=r"got method='reverse_mode'; expected 'auto' or one of forward_mode"
+        ):
             logit_tangent(model, (x,), {}, random_direction(model), method="reverse_mode")
 
     @pytest.mark.parametrize("method", ["auto", "forward_mode", "finite_difference"])
@@ -608,7 +628,9 @@ class TestNothingIsChanged:
     @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].method != "finite_difference"])
     def test_of_the_model_the_streams_or_the_flags(self, name, method):
         model, x = build(name)
-        for i, module in enumerate(model.modules()):  # modes, gradients and requires_grad as a bare train() would lose them
+        for i, module in enumerate(
+            model.modules()
+        ):  # modes, gradients and requires_grad as a bare train() would lose them
             module.training = i % 3 != 2
         for i, parameter in enumerate(model.parameters()):
             parameter.requires_grad_(i % 2 == 0)
