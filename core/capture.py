@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from redline.errors import ConfigurationError
 from redline.hooks import ForwardHook
@@ -35,26 +36,34 @@ class ForwardCapture:
     """Watches the model's calls in training mode with gradients enabled.
 
     Where the model itself is never called (a LightningModule whose ``training_step`` calls ``self.net``), the one child
-    with trainable parameters that is called stands for it.
+    with trainable parameters that is called stands for it. Children are watched only then: a hook on a child would
+    split a compiled model's graph.
+
+    Attributes:
+        armed: whether to keep the inputs of the next call.
     """
 
     def __init__(self, model: nn.Module, module: str | None, before_forward: Callable[[], None]) -> None:
-        """``before_forward`` comes ahead of each watched call; ``armed`` says whether to keep it."""
+        """``before_forward`` is called ahead of each watched call."""
         self.armed = False
         self._before_forward = before_forward
         self._calls: dict[str, CapturedCall] = {}
-        root = unwrapped(model)
-        if module is None:
-            self._watched = {"": root, **dict(_callable_children(root))}
+        self._handles: list[RemovableHandle] = []
+        self._root = unwrapped(model)
+        self._settled = module is not None  # on which modules to watch
+        if module is not None:
+            self._watch(module, _submodule(self._root, module))
+        elif _has_forward(self._root):
+            self._watch("", model)
         else:
-            self._watched = {module: _submodule(root, module)}
-        targets = list(self._watched.items())
-        if module is None and model is not root:
-            targets.append(("", model))  # the compiled wrapper may skip the hooks of what it wraps
-        self._handles = [
-            target.register_forward_pre_hook(ForwardHook(partial(self._on_call, name)), with_kwargs=True)
-            for name, target in targets
-        ]
+            self._watch_children()
+
+    def settles(self) -> bool:
+        """Whether all is watched that may be called; if not, the children are from now on."""
+        if self._settled:
+            return True
+        self._watch_children()
+        return False
 
     def call(self) -> CapturedCall | None:
         """The last call, or None if there was none.
@@ -81,10 +90,21 @@ class ForwardCapture:
         for handle in self._handles:
             handle.remove()
 
-    def _on_call(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        module = self._watched[name]
+    def _watch(self, name: str, target: nn.Module) -> None:
+        hook = ForwardHook(partial(self._on_call, name, unwrapped(target)))
+        self._handles.append(target.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _watch_children(self) -> None:
+        self._settled = True
+        for name, child in _callable_children(self._root):
+            self._watch(name, child)
+
+    def _on_call(
+        self, name: str, module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if not (module.training and torch.is_grad_enabled()) or _is_redirected(module):
             return
+        self._settled = True
         self._before_forward()
         if self.armed:
             self._calls[name] = CapturedCall(module, args, dict(kwargs), _autocast_dtype(module))
@@ -101,13 +121,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def _has_forward(module: nn.Module) -> bool:
+    """Whether the module's class has a forward of its own: not the one that only raises."""
+    return getattr(type(module).forward, "__qualname__", "") not in (
+        "_forward_unimplemented",
+        "LightningModule.forward",
+    )
+
+
 def _callable_children(root: nn.Module) -> list[tuple[str, nn.Module]]:
     children: list[tuple[str, nn.Module]] = []
     for name, child in root.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # containers are not called themselves
             children += [(f"{name}.{inner}", module) for inner, module in _callable_children(child)]
         elif any(parameter.requires_grad for parameter in child.parameters()):
-            children.append((name, unwrapped(child)))
+            children.append((name, child))
     return children
 
 
@@ -118,7 +146,7 @@ def _submodule(root: nn.Module, name: str) -> nn.Module:
             f"got module={name!r}; expected the qualified name of a submodule of {type(root).__name__}, such as "
             f"{', '.join(repr(inner) for inner in list(modules)[1:9]) or 'none: it has no submodules'}."
         )
-    return unwrapped(modules[name])
+    return modules[name]
 
 
 def _is_redirected(module: nn.Module) -> bool:

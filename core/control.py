@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from redline import metrics
-from redline.controller import Controller, Decision, Intervention, Reject, Scale
+from redline.controller import Controller, Decision, Intervention, Reject, Scale, Withhold
 from redline.errors import ConfigurationError, ControllerError, StepRejectedError
+from redline.monitor import Need
 from redline.optimizers import OptimizerState, watch_only_reason
 from redline.readings import Readings
 from redline.step import Step
@@ -41,69 +42,80 @@ class Control:
         self._states: list[OptimizerState] = []
         self._states_checked = False
         self._refuse_watch_only()
+        for name, _ in controllers:
+            for decision in (Scale, Withhold, Reject):
+                self._readings.count(metrics.INTERVENTIONS, 0, name, _action(decision))
 
-    def before_update(self, step: Step, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
-        """After backward, before the update: withhold the gradients, snapshot the state."""
+    def open(self, step: Step) -> None:
+        """After backward, before the first update of the joint step: whether to withhold it."""
         for name, controller in self._controllers:
-            if step.withheld:
-                break
-            withheld = self._ask(name, step, controller.before_update)
+            withheld = self._ask(name, step, partial(_withheld, controller))
             if withheld is not None:
                 step.withheld = True
-                self._trace(name, step, "withhold", withheld)
+                self._trace(step, name, withheld)
+                return
+
+    def before_update(self, step: Step, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
+        """Ahead of each optimizer's update: set its gradients aside, snapshot its state."""
         if step.withheld:
             self._transaction.withhold(parameters.values())
         if any(controller.snapshots_state for _, controller in self._controllers):
             self._states.append(OptimizerState(optimizer))
 
     def decide(self, step: Step) -> None:
-        """After the update: single parameters first, then the whole of what is left; commit."""
-        if not self._states_checked:
+        """After the update: single parameters first, then the whole of what is left; then commit it all at once."""
+        if step.withheld:
+            self._read_out(0.0, 0.0)
+            return
+        if self._controllers and not self._states_checked:
             self._refuse_watch_only()  # shadow weights show only once the state is there
             self._states_checked = True
-        scale, size = 1.0, step.normalized_step_size
-        if step.withheld:
-            self._readings.gauge(metrics.STEP_SCALE, 0.0)
-            return
+        scale, size, taken = 1.0, step.normalized_step_size, []
         for name, controller in sorted(self._controllers, key=lambda pair: not pair[1].per_parameter):
             decisions = self._ask(name, step, partial(_decisions, controller))
             # Asking may have measured r, of what the controllers before left of the step.
             size = size if step.normalized_step_size is None else step.normalized_step_size
             for decision in decisions:
                 if isinstance(decision, Reject):
-                    self._reject(name, controller, step, decision)
+                    self._reject(step, name, controller, decision)
                     return
                 if decision.factor == 1:
                     continue
-                self._trace(name, step, "scale", decision)
-                self._scale(decision)
-                step.parameters_moved()
+                taken.append((name, decision))
+                step.update_changed()
                 if decision.parameter is None:
+                    self._transaction.scale(decision.factor)
                     scale *= decision.factor
                     size = None if size is None else size * decision.factor
                 else:
+                    self._scale_one(name, decision.factor, decision.parameter)
                     size = None  # r of what is left is known only if someone measures it
-        self._readings.gauge(metrics.STEP_SCALE, scale)
-        if size is not None:
-            self._readings.gauge(metrics.COMMITTED_STEP_SIZE, size)
+        self._transaction.commit()
+        for name, decision in taken:
+            self._trace(step, name, decision)
+        if size is not None or taken:
+            self._read_out(scale, size)
+        else:
+            self._readings.gauge(metrics.STEP_SCALE, scale)
 
     def forget(self) -> None:
         """The step has ended: its snapshots go."""
         self._states = []
 
-    def _scale(self, decision: Scale) -> None:
-        if decision.parameter is not None and decision.parameter not in self._transaction.parameters:
+    def _scale_one(self, name: str, factor: float, parameter: str) -> None:
+        if parameter not in self._transaction.parameters:
             raise ConfigurationError(
-                f"got a scale for {decision.parameter!r}, which the step did not move; expected the name of one "
-                "in the optimizers."
+                f"got a scale for {parameter!r} from {name}, which the step did not move; expected the name of a "
+                "parameter in the optimizers."
             )
-        self._transaction.scale(decision.factor, None if decision.parameter is None else [decision.parameter])
+        self._transaction.scale(factor, [parameter])
 
-    def _reject(self, name: str, controller: Controller, step: Step, decision: Reject) -> None:
-        self._trace(name, step, "reject", decision)
+    def _reject(self, step: Step, name: str, controller: Controller, decision: Reject) -> None:
         self._transaction.scale(0)
-        step.parameters_moved()
-        self._readings.gauge(metrics.STEP_SCALE, 0.0)
+        self._transaction.commit()
+        step.update_changed()
+        self._trace(step, name, decision)
+        self._read_out(0.0, 0.0)
         if not controller.snapshots_state:
             raise StepRejectedError(
                 f"{name} rejected step {step.index}: {decision.reason} The parameters are as they were before it; "
@@ -112,6 +124,13 @@ class Control:
             )
         for state in self._states:
             state.restore()
+
+    def _read_out(self, scale: float, size: Tensor | float | None) -> None:
+        self._readings.gauge(metrics.STEP_SCALE, scale)
+        if size is None:
+            self._readings.absent(metrics.COMMITTED_STEP_SIZE)
+        else:
+            self._readings.gauge(metrics.COMMITTED_STEP_SIZE, size)
 
     def _ask(self, name: str, step: Step, question: Callable[[Step], T]) -> T:
         try:
@@ -124,7 +143,8 @@ class Control:
                 "optimizer left them."
             ) from error
 
-    def _trace(self, name: str, step: Step, action: str, decision: Decision) -> None:
+    def _trace(self, step: Step, name: str, decision: Decision) -> None:
+        action = _action(type(decision))
         self.interventions.append(Intervention(step.index, name, action, decision.reason, dict(decision.saw)))
         self._readings.count(metrics.INTERVENTIONS, 1, name, action)
 
@@ -137,5 +157,24 @@ class Control:
                 )
 
 
+def _action(decision: type[Decision]) -> str:
+    return decision.__name__.lower()
+
+
 def _decisions(controller: Controller, step: Step) -> list[Scale | Reject]:
-    return list(controller.inspect(step))  # a generator runs, and fails, here
+    decisions = list(controller.inspect(step))  # a generator runs, and fails, here
+    for decision in decisions:
+        if not isinstance(decision, (Scale, Reject)):
+            raise TypeError(f"got {decision!r} from inspect; expected redline.Scale or redline.Reject")
+    if decisions and Need.UPDATE not in controller.needs:
+        raise TypeError(
+            f"got {decisions[0]!r} from a controller that needs {controller.needs}; expected Need.UPDATE in it"
+        )
+    return decisions
+
+
+def _withheld(controller: Controller, step: Step) -> Withhold | None:
+    decision = controller.before_update(step)
+    if decision is not None and not isinstance(decision, Withhold):
+        raise TypeError(f"got {decision!r} from before_update; expected redline.Withhold or None")
+    return decision

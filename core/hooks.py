@@ -6,6 +6,7 @@ is inert and reports to nobody. Hook bodies run outside of any compiled graph.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -62,12 +63,13 @@ class OptimizerHooks:
 
     In a plain loop the optimizer's own pre-hook comes after backward. Where ``step`` is given a closure that runs
     forward and backward (Lightning, LBFGS) it comes before both, so the closure is wrapped, and its first return is
-    the moment.
+    the moment. A ``step`` that calls its base class's is hooked twice, and counts once.
     """
 
     def __init__(self, optimizer: Optimizer, listener: StepListener) -> None:
         self._listener = listener
         self._announced = False
+        self._depth = 0  # of nested calls of step
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -81,6 +83,11 @@ class OptimizerHooks:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._depth:
+            self._depth = _calls_of_step(optimizer) - 1  # 0 if the last step raised, and left its count behind
+        self._depth += 1
+        if self._depth > 1:
+            return None
         self._announced = False
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._wrapped(optimizer, kwargs["closure"])}
@@ -104,6 +111,17 @@ class OptimizerHooks:
             self._listener.before_update(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._announced:
+        self._depth -= 1
+        if self._depth == 0 and self._announced:
             self._announced = False
             self._listener.after_update(optimizer)
+
+
+def _calls_of_step(optimizer: Optimizer) -> int:
+    """How many calls of this optimizer's hooked ``step`` are on the stack."""
+    hooked = Optimizer.profile_hook_step(lambda self: None).__code__  # torch wraps every step in this one function
+    frame, calls = sys._getframe(), 0
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        calls += frame.f_code is hooked and frame.f_locals["args"][0] is optimizer
+    return calls

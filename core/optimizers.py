@@ -74,7 +74,7 @@ def watch_only_reason(optimizer: Optimizer) -> str | None:
         return f"{name} keeps shadow weights and writes the parameters from them, which would undo the control"
     for parameter, state in optimizer.state.items():
         for key, value in state.items() if isinstance(state, dict) else ():
-            if key in _SHADOW_STATE or _is_shadow(value, parameter):
+            if key in _SHADOW_STATE or _is_master(value, parameter):
                 return (
                     f"{name} keeps shadow weights (state {key!r}) and writes the parameters from them, which would "
                     "undo the control"
@@ -82,13 +82,13 @@ def watch_only_reason(optimizer: Optimizer) -> str | None:
     return None
 
 
-def _is_shadow(value: Any, parameter: Any) -> bool:
-    """Whether a state tensor is a copy of the parameter, such as a float32 master."""
-    if not (isinstance(value, Tensor) and isinstance(parameter, Tensor)):
+def _is_master(value: Any, parameter: Any) -> bool:
+    """Whether a state tensor is the parameter in a wider type, from which it is rounded after each step."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.dim() == 0 or not value.any():
         return False
-    if value.shape != parameter.shape or not value.any():
-        return False
-    return torch.equal(value.to(parameter.dtype), parameter.detach())
+    return value.dtype.itemsize > parameter.dtype.itemsize and torch.equal(
+        value.to(parameter.dtype), parameter.detach()
+    )
 
 
 def optimizer_labels(optimizers: Sequence[Optimizer]) -> list[str]:
@@ -110,8 +110,6 @@ def gradient_norm(optimizer: Optimizer, parameters: Iterable[Tensor]) -> Tensor 
     unscale under AMP is unscaled.
     """
     gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return None
     dense = [g.coalesce().values() if g.layout == torch.sparse_coo else g for g in gradients]
     wide = [g for g in dense if g.dtype not in (torch.float16, torch.bfloat16)]
     norms = [
@@ -119,9 +117,14 @@ def gradient_norm(optimizer: Optimizer, parameters: Iterable[Tensor]) -> Tensor 
     ]
     if wide:
         norms.append(torch.nn.utils.get_total_norm(wide))
-    norm = norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
-    scale = getattr(optimizer, "grad_scale", None)
-    return norm if scale is None else norm / scale.to(norm.device)
+    norm, scale = joint_norm(norms), getattr(optimizer, "grad_scale", None)
+    return norm if norm is None or scale is None else norm / scale.to(norm.device)
+
+
+def joint_norm(norms: Iterable[Tensor]) -> Tensor | None:
+    """L2 norm of several parts, 0-d, or None of none."""
+    parts = list(norms)
+    return parts[0] if len(parts) == 1 else torch.nn.utils.get_total_norm(parts) if parts else None
 
 
 class OptimizerState:

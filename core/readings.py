@@ -125,7 +125,8 @@ class Readings:
                 self.count(metric, 0, value)
 
     def gauge(self, metric: Metric, value: Value, *labels: str) -> None:
-        """Set a gauge: a float or a 0-d tensor on any device."""
+        """Set a gauge: a float or a 0-d tensor on any device, which is copied."""
+        value = value.detach().clone() if isinstance(value, Tensor) else float(value)
         self._add(metric, (Series(metric.name, labels),), value, None)
 
     def layers(self, metric: Metric, names: Sequence[str], values: Tensor, valid: Tensor | None = None) -> None:
@@ -137,7 +138,7 @@ class Readings:
             values: ``(len(names),)``, floating.
             valid: ``(len(names),)``, bool: layers for which the metric is not defined are false, and stay absent.
         """
-        self._add(metric, tuple(Series(metric.name, (name,)) for name in names), values, valid)
+        self._add(metric, tuple(Series(metric.name, (name,)) for name in names), values.detach(), valid)
 
     def count(self, metric: Metric, amount: Value = 1, *labels: str) -> None:
         """Add to a counter: a number or a 0-d tensor on any device."""
@@ -196,7 +197,6 @@ class Readings:
         self.step = state["step"]
 
     def _add(self, metric: Metric, series: tuple[Series, ...], value: Value | None, valid: Tensor | None) -> None:
-        value = value.detach() if isinstance(value, Tensor) else value
         entry = _Entry(self.step, series, value, valid)
         if metric.tracked:
             self._tracked.append(entry)

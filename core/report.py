@@ -178,12 +178,11 @@ def _layers(snapshot: Snapshot, history: RunHistory) -> tuple[LayerSummary, ...]
         )
         for name, course in history.layers(metrics.WEIGHT_SPECTRAL_NORM.name).items()
     ]
-    return tuple(sorted(found, key=_hardness, reverse=True))
+    return tuple(sorted(found, key=lambda layer: hardness(layer.hardest_update), reverse=True))
 
 
-def _hardness(layer: LayerSummary) -> float:
-    """Layers without an update last, those whose updates were never finite first."""
-    update = layer.hardest_update
+def hardness(update: float | None) -> float:
+    """To sort layers by their update: those without one last, those whose update was not finite first."""
     return -1.0 if update is None else math.inf if math.isnan(update) else update
 
 

@@ -55,7 +55,7 @@ def _facts(report: StabilityReport) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
-    table.add_row("run", report.run.run)
+    table.add_row("run", Text(report.run.run))
     rate = f"  ({report.steps / report.seconds:.3g} steps/s)" if report.seconds else ""
     table.add_row("steps", f"{report.steps} in {report.seconds:.1f} s{rate}")
     if report.last_loss is not None:
@@ -103,7 +103,7 @@ def _worst_layers(layers: tuple[LayerSummary, ...]) -> Table:
         table.add_column(heading, justify="right")
     for layer in shown:
         table.add_row(
-            layer_label(layer.name),
+            Text(layer_label(layer.name)),
             number(layer.spectral_norm),
             "–" if layer.growth is None else f"×{layer.growth:.3g}",
             number(layer.condition),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -22,7 +22,7 @@ from redline.history import RunHistory
 from redline.hooks import OptimizerHooks
 from redline.monitor import Monitor, Need
 from redline.notes import Notes
-from redline.optimizers import gradient_norm, numbered, optimizer_labels, refuse_in_backward
+from redline.optimizers import gradient_norm, joint_norm, numbered, optimizer_labels, refuse_in_backward
 from redline.own_time import OwnTime
 from redline.parameters import ParameterNames, matrix_layers
 from redline.readings import Readings, RunInfo, Snapshot
@@ -68,8 +68,13 @@ class Session:
         batch_dim: int,
         module: str | None,
         run: RunInfo,
+        around_replay: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Attach; see ``redline.attach`` for the arguments."""
+        """Attach; see ``redline.attach`` for the arguments.
+
+        ``around_replay`` is opened around each further call of the model, for a trainer whose models do more in
+        ``forward`` than compute.
+        """
         self._run = run
         self._notes = Notes()
         self._model = unwrapped(model)
@@ -98,15 +103,16 @@ class Session:
         self._needs = Need.NOTHING
         self._updating: Optimizer | None = None
         self._stepped: list[Optimizer] = []
+        self._gradient_norms: dict[Optimizer, Tensor] = {}
         self._loss: Tensor | None = None
 
         self._capture = ForwardCapture(model, module, self.before_forward)
-        self._probe = TangentProbe(self._capture, logits, batch_dim, self._notes)
+        self._probe = TangentProbe(self._capture, logits, batch_dim, self._notes, around_replay)
         self._hooks = [OptimizerHooks(optimizer, self) for optimizer in self._optimizers]
         self._arm()
         self._snapshot = self._readings.fetch(run)
         for name, sink in list(self._sinks):
-            self._tell(name, sink, partial(sink.open, run))
+            self._tell(name, sink, partial(sink.open, self._snapshot))
 
     # What users call ------------------------------------------------------------------------------------------------
 
@@ -116,7 +122,8 @@ class Session:
         Args:
             loss: 0-d tensor on any device, or a float. It is not waited for.
         """
-        loss = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+        # A copy: the loop may go on to divide the loss in place.
+        loss = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))
         if loss.numel() != 1:
             raise ConfigurationError(
                 f"got a loss of shape {tuple(loss.shape)}; expected a single number, such as loss.mean()."
@@ -226,15 +233,21 @@ class Session:
                 self._discard()  # the last update raised, and was given up
             if optimizer in self._stepped:
                 self._conclude()  # others were skipped
-            step = self._step or self._begin()
-            parameters = self._names.of(optimizer)
-            if Need.GRADIENTS in self._needs:
-                norm = gradient_norm(optimizer, parameters.values())
-                if norm is not None:
-                    step.gradient_norm = norm if step.gradient_norm is None else torch.hypot(step.gradient_norm, norm)
-            self._control.before_update(step, optimizer, parameters)
-            if Need.UPDATE in self._needs:
-                self._transaction.save(parameters)
+            try:
+                parameters = self._names.of(optimizer)
+                if self._step is None:
+                    step = self._begin()
+                    self._measure_gradients(step, self._optimizers)
+                    self._control.open(step)
+                else:
+                    step = self._step
+                    self._measure_gradients(step, [optimizer])  # AMP has unscaled them by now
+                self._control.before_update(step, optimizer, parameters)
+                if Need.UPDATE in self._needs:
+                    self._transaction.save(parameters)
+            except BaseException:
+                self._discard()
+                raise
             self._updating = optimizer
 
     def after_update(self, optimizer: Optimizer) -> None:
@@ -268,19 +281,31 @@ class Session:
                 self._layers, dict(self._model.named_parameters()), tolerance
             ),
         )
+        self._gradient_norms = {}
         return self._step
+
+    def _measure_gradients(self, step: Step, optimizers: Sequence[Optimizer]) -> None:
+        if Need.GRADIENTS not in self._needs:
+            return
+        for optimizer in optimizers:
+            norm = gradient_norm(optimizer, self._names.of(optimizer).values())
+            if norm is not None:
+                self._gradient_norms[optimizer] = norm
+        step.gradient_norm = joint_norm(self._gradient_norms.values())
 
     def _conclude(self) -> None:
         """All optimizers have stepped, or those that will: measure, decide, commit, publish."""
         step = self._step
         assert step is not None
         step.loss, self._loss = self._loss, None
+        step.gradient_norm = joint_norm([norm for one, norm in self._gradient_norms.items() if one in self._stepped])
         try:
             self._measure(step, after_commit=False)
             self._control.decide(step)
             self._measure(step, after_commit=True)
         finally:
             self._discard()
+            self._capture.forget()
             self._readings.count(metrics.STEPS)
             self._readings.gauge(metrics.LAST_STEP_TIMESTAMP, time.time())
             self._index += 1
@@ -311,7 +336,6 @@ class Session:
     def _discard(self) -> None:
         """Let go of everything that belongs to one step."""
         self._transaction.close()
-        self._capture.forget()
         self._step, self._due, self._updating = None, [], None
         self._stepped = []
         self._control.forget()

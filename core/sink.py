@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from redline.schedules import Schedule, as_schedule
 
 if TYPE_CHECKING:
-    from redline.readings import RunInfo, Snapshot
+    from redline.readings import Snapshot
     from redline.report import StabilityReport
 
 
@@ -23,8 +23,8 @@ class Sink:
         """``every``: an int, "every n steps", or a callable ``step -> bool``; steps count from 0."""
         self.due = as_schedule(every)
 
-    def open(self, run: RunInfo) -> None:
-        """The session starts."""
+    def open(self, snapshot: Snapshot) -> None:
+        """The session starts; the snapshot says what runs (``.run``) and has the counters where they stand."""
 
     def emit(self, snapshot: Snapshot) -> None:
         """A step at which this sink is due was committed."""

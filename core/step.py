@@ -33,8 +33,8 @@ class Step:
     Attributes:
         index: optimizer steps before this one.
         loss: as it was observed, 0-d, or None.
-        gradient_norm: L2 norm of the gradients given to the optimizers, 0-d, unscaled under AMP; None where no
-            one needed it.
+        gradient_norm: L2 norm of all optimizers' gradients, 0-d; None where no one needed it. Before the update,
+            gradients that AMP unscales only at a later optimizer's own step still carry the loss scale.
         groups: ``(optimizer label, group label, group)`` of every parameter group.
         layers: the model's matrices.
         withheld: whether a controller set the gradients aside: there is no update then.
@@ -94,6 +94,6 @@ class Step:
         taken = [tangent for tangent in self._tangents.values() if tangent is not None]
         return max(taken, key=lambda tangent: tangent.samples).normalized_step_size if taken else None
 
-    def parameters_moved(self) -> None:
-        """What was measured of the parameters no longer holds."""
+    def update_changed(self) -> None:
+        """A decision changed the update: what was measured of it no longer holds."""
         self._update, self._tangents, self._spectra = None, {}, None

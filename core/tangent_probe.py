@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,9 +56,16 @@ class TangentProbe:
     """Measures tangents of one model, and remembers which method works for it."""
 
     def __init__(
-        self, capture: ForwardCapture, logits: Callable[[Any], Any] | None, batch_dim: int, notes: Notes
+        self,
+        capture: ForwardCapture,
+        logits: Callable[[Any], Any] | None,
+        batch_dim: int,
+        notes: Notes,
+        around_replay: Callable[[], AbstractContextManager[Any]],
     ) -> None:
+        """``around_replay``: what has to be open around each further call of the model."""
         self._capture, self._logits, self._batch_dim, self._notes = capture, logits, batch_dim, notes
+        self._around_replay = around_replay
         self._method = "auto"
         self._checked = False
         self._whole_batch = False
@@ -82,6 +90,8 @@ class TangentProbe:
         """
         call = self._capture.call()
         if call is None:
+            if not self._capture.settles():
+                return None  # the children are watched from now on: the next time will tell
             self._notes.add(
                 "The ghost radius is not measured: the model was not called in training mode with gradients enabled "
                 "since the last step, so there are no inputs. If the logits come from a submodule, pass module=."
@@ -99,7 +109,7 @@ class TangentProbe:
         direction = {inner: update[name] for inner, name in local.items()}
         batch = _batch_size(call, self._batch_dim)
         whole = self._whole_batch or max_samples is None or batch <= max_samples or _couples_samples(call.module)
-        with hooks_silenced():
+        with hooks_silenced(), self._around_replay():
             try:
                 samples = batch if whole or max_samples is None else max_samples
                 return self._take(_subsample(call, batch, samples, self._batch_dim), point, direction, samples, batch)

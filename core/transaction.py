@@ -15,11 +15,15 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class StepTransaction:
-    """One joint step over the parameters it is told of, by name."""
+    """One joint step over the parameters it is told of, by name.
+
+    Scales gather until ``commit`` writes them: up to then the parameters are as the optimizer left them.
+    """
 
     def __init__(self) -> None:
         self.parameters: dict[str, Tensor] = {}
         self.before: dict[str, Tensor] = {}
+        self._factors: dict[str, float] = {}
         self._withheld: dict[Tensor, Tensor] = {}
 
     def save(self, parameters: Mapping[str, Tensor]) -> None:
@@ -30,25 +34,34 @@ class StepTransaction:
                 self.before[name] = parameter.detach().clone()
 
     def update(self) -> dict[str, Tensor]:
-        """``p = theta - theta_before`` as the parameters stand now, by name; float32 for half-precision parameters."""
-        return {
-            name: _wide(parameter.detach()) - _wide(self.before[name]) for name, parameter in self.parameters.items()
-        }
+        """``p``, by name: what the optimizer did, times what was decided so far; float32 for half precision."""
+        return {name: self._scaled_update(name) for name in self.parameters}
 
     def scale(self, factor: float, names: Iterable[str] | None = None) -> None:
-        """Commit ``theta_before + factor * p`` for all parameters, or the named ones.
-
-        With 1 the parameters stay as the optimizer left them, bit for bit; with 0 they are as they were before.
-        """
-        if factor == 1:
-            return
+        """Decide to commit ``factor`` times what is left of the update of all parameters, or of the named ones."""
         for name in self.parameters if names is None else names:
+            self._factors[name] = factor * self._factors.get(name, 1.0)
+
+    def commit(self) -> None:
+        """Write ``theta_before + factor * p``.
+
+        With 1 a parameter stays as the optimizer left it, bit for bit; with 0 it is as it was before.
+        """
+        for name, factor in self._factors.items():
             parameter, before = self.parameters[name].detach(), self.before[name]
             if factor == 0:
                 parameter.copy_(before)
-            else:
-                wide = _wide(before)
-                parameter.copy_(wide + factor * (_wide(parameter) - wide))
+            elif factor != 1:
+                parameter.copy_(_wide(before) + self._scaled_update(name))
+        self._factors = {}
+
+    def _scaled_update(self, name: str) -> Tensor:
+        factor = self._factors.get(name, 1.0)
+        before = _wide(self.before[name])
+        if factor == 0:
+            return torch.zeros_like(before)  # also of an update that is not finite
+        update = _wide(self.parameters[name].detach()) - before
+        return update if factor == 1 else factor * update
 
     def withhold(self, parameters: Iterable[Tensor]) -> None:
         """Set gradients aside, so that the optimizer skips these parameters: no decay, no state change."""
@@ -57,15 +70,16 @@ class StepTransaction:
                 self._withheld[parameter], parameter.grad = parameter.grad, None
 
     def return_gradients(self) -> None:
-        """Put gradients that were set aside back."""
+        """Put gradients that were set aside back, unless there are newer ones by now."""
         for parameter, gradient in self._withheld.items():
-            parameter.grad = gradient
+            if parameter.grad is None:
+                parameter.grad = gradient
         self._withheld.clear()
 
     def close(self) -> None:
         """End the step: gradients go back, copies go."""
         self.return_gradients()
-        self.parameters, self.before = {}, {}
+        self.parameters, self.before, self._factors = {}, {}, {}
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from redline.integrations.demo.data import digits
 class CsvSink(redline.Sink):
     """One line a snapshot: step, loss, r."""
 
-    def open(self, run):
+    def open(self, snapshot):
         print("step,loss,normalized_step_size", file=sys.stdout)
 
     def emit(self, snapshot):

@@ -32,5 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from redline.integrations.demo.command import run_demo
     except ImportError as error:
         parser.error(f"the demo needs {error.name}, which is not installed; run: pip install 'redline[demo]'")
-    run_demo(port=options.port, short=options.short, picture=options.picture)
+    try:
+        run_demo(port=options.port, short=options.short, picture=options.picture)
+    except redline.ConfigurationError as error:
+        parser.error(str(error))
     return 0

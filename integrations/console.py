@@ -15,7 +15,7 @@ from redline import metrics
 from redline.integrations.ranks import is_rank_zero
 from redline.metrics import Metric
 from redline.readings import Snapshot
-from redline.report import StabilityReport
+from redline.report import StabilityReport, hardness
 from redline.report_view import layer_label, number, step_size_style
 from redline.schedules import Schedule
 from redline.sink import Sink
@@ -75,7 +75,7 @@ def _headline(snapshot: Snapshot) -> Text:
     if r is None:
         line.append("– ")
     else:
-        filled = min(round(r * _GAUGE_WIDTH), _GAUGE_WIDTH) if r == r else 0
+        filled = round(min(r, 1.0) * _GAUGE_WIDTH) if r == r else 0
         line.append(f"{r:.3g} ", step_size_style(r))
         line.append("━" * filled, step_size_style(r))
         line.append("─" * (_GAUGE_WIDTH - filled), "dim")
@@ -101,9 +101,9 @@ def _layer_table(snapshot: Snapshot, most: int) -> Table:
     table.add_column("  layer", style="cyan", no_wrap=True)
     for heading in columns:
         table.add_column(heading, justify="right")
-    ordered = sorted(norms or columns["σ₁(ΔW)"], key=lambda name: -ratios.get(name, 0.0))
+    ordered = sorted(norms or columns["σ₁(ΔW)"], key=lambda name: hardness(ratios.get(name)), reverse=True)
     for name in ordered[:most]:
-        table.add_row(f"  {layer_label(name)}", *(number(column.get(name)) for column in columns.values()))
+        table.add_row(Text(f"  {layer_label(name)}"), *(number(column.get(name)) for column in columns.values()))
     if len(ordered) > most:
         table.add_row(f"  … {len(ordered) - most} more", style="dim")
     return table

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -71,6 +73,10 @@ class RedlineCallback(Callback):
         """Distinct for callbacks that differ in ``run`` or ``module``."""
         return self._generate_state_key(run=self._run, module=self._arguments["module"])
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget a state that was loaded for another purpose than the fit to come."""
+        self._resumed = None
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach: models and optimizers are in place."""
         self._close()
@@ -86,6 +92,7 @@ class RedlineCallback(Callback):
                 precision=str(trainer.precision),
                 strategy=type(trainer.strategy).__name__,
             ),
+            around_replay=partial(_nothing_logged, pl_module),
             **self._arguments,
         )
         if self._resumed is not None:
@@ -120,9 +127,22 @@ class RedlineCallback(Callback):
         """Kept until the session is there."""
         self._resumed = state_dict or None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "session": None}
+
     def _close(self) -> None:
         if self.session is not None:
             self.session.close()
+
+
+@contextmanager
+def _nothing_logged(pl_module: pl.LightningModule) -> Iterator[None]:
+    """While it is open, ``self.log`` in the module's forward does nothing."""
+    vars(pl_module)["log"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del vars(pl_module)["log"]
 
 
 class _TrainerLoggers(Sink):

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from redline.errors import ConfigurationError
 from redline.integrations.ranks import is_rank_zero
 from redline.metrics import METRICS, RUN_INFO, Metric
-from redline.readings import RunInfo, Snapshot
+from redline.readings import Snapshot
 from redline.report import StabilityReport
 from redline.schedules import Schedule
 from redline.sink import Sink
@@ -48,11 +48,11 @@ class PrometheusExporter(Sink):
         """Where metrics are served, or None while they are not."""
         return f"http://{self.address}:{self.port}/metrics" if self._server else None
 
-    def open(self, run: RunInfo) -> None:
+    def open(self, snapshot: Snapshot) -> None:
         """Start serving."""
+        self._collector.snapshot = snapshot
         if not is_rank_zero() or self._server:
             return
-        self._collector.run = run
         registry = CollectorRegistry()
         registry.register(self._collector)
         try:
@@ -87,19 +87,19 @@ class _SnapshotCollector(Collector):
     """Gives the last snapshot in Prometheus' families; snapshots are immutable, so a scrape is consistent."""
 
     def __init__(self) -> None:
-        self.run: RunInfo | None = None
         self.snapshot: Snapshot | None = None
 
     def collect(self) -> Iterator[Family]:
         snapshot = self.snapshot
+        if snapshot is None:
+            return
         for metric in METRICS.values():
             if metric is RUN_INFO:
-                if self.run is not None:
-                    labels = {name: str(value) for name, value in vars(self.run).items()}
-                    yield InfoMetricFamily(metric.name.removesuffix("_info"), metric.help, labels)
+                labels = {name: str(value) for name, value in vars(snapshot.run).items()}
+                yield InfoMetricFamily(metric.name.removesuffix("_info"), metric.help, labels)
                 continue
             family = _family(metric)
-            for values, value in snapshot.series(metric.name).items() if snapshot else ():
+            for values, value in snapshot.series(metric.name).items():
                 family.add_metric(values, value)
             yield family
 

@@ -128,7 +128,7 @@ class EncoderAndHead(Task):
 
 
 class Delicate(nn.Module):
-    """All that a careless observer disturbs: dropout, BatchNorm in training, a frozen submodule in eval mode."""
+    """All that a careless observer disturbs: noise, dropout, BatchNorm in training, a frozen submodule in eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,6 +138,7 @@ class Delicate(nn.Module):
         self.outputs = nn.Linear(16, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x + 0.01 * torch.randn_like(x) if self.training else x
         hidden = self.drop(F.relu(self.norm(self.inputs(x))))
         return self.outputs(F.dropout(hidden + self.frozen(hidden), 0.1, self.training))
 

@@ -17,8 +17,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from prometheus_client import openmetrics, parser
+from prometheus_client import parser
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import parser as openmetrics_parser
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -131,7 +132,7 @@ class ScaleOnce(redline.Controller):
 
 
 class Classifier(pl.LightningModule):
-    """Two layers, one of them frozen in part."""
+    """Two layers, called as ``self.net``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +210,7 @@ class Loop:
 
 @pytest.fixture(scope="module")
 def scraped() -> tuple[dict[str, str], Classifier, str]:
-    """What was served in a fit of six steps: at the start, after three and after five, and that as OpenMetrics."""
+    """What was served in a fit: before its first step, after the third, which was scaled, and after the twelfth."""
     torch.manual_seed(0)
     exporter = redline.PrometheusExporter(port=0, every=1)
     callback = RedlineCallback(
@@ -226,54 +227,54 @@ def scraped() -> tuple[dict[str, str], Classifier, str]:
         return taking
 
     def twice() -> None:
-        take("5")()
+        take("12")()
         take("openmetrics", OPENMETRICS)()
 
-    module = fit(callback, {"start": take("start"), 3: take("3"), 5: twice})
+    module = fit(callback, {"start": take("start"), 3: take("3"), 12: twice}, steps=13)
     assert callback.session is not None
     return texts, module, callback.session.latest.run.version
 
 
 def test_every_metric_of_the_design_is_served(scraped: Any):
-    found = samples(scraped[0]["3"])
+    found = samples(scraped[0]["12"])
     assert set(LABELS) - set(found) == set()
 
 
 def test_labels_are_those_of_the_design(scraped: Any):
-    for name, series in samples(scraped[0]["3"]).items():
+    for name, series in samples(scraped[0]["12"]).items():
         if name in LABELS:
             for labels in series:
                 assert {label for label, _ in labels} == LABELS[name], name
 
 
 def test_counters_are_counters_and_gauges_gauges(scraped: Any):
-    types = {sample.name: family.type for family in families(scraped[0]["3"]) for sample in family.samples}
+    types = {sample.name: family.type for family in families(scraped[0]["12"]) for sample in family.samples}
     for name in LABELS:
         expected = "counter" if name in COUNTERS else "gauge"  # the text format has no type for info
         assert types[name] == expected, name
 
 
 def test_each_metric_says_what_it_is(scraped: Any):
-    for family in families(scraped[0]["3"]):
+    for family in families(scraped[0]["12"]):
         assert family.name.startswith("redline_")
         assert len(family.documentation) > 5
 
 
 def test_layers_are_the_models_matrices(scraped: Any):
-    found = samples(scraped[0]["3"])
+    found = samples(scraped[0]["12"])
     for name in PER_LAYER:
         assert set(found[name]) == {(("layer", "net.0.weight"),), (("layer", "net.2.weight"),)}
 
 
 def test_labels_hold_the_right_values(scraped: Any):
     texts, _, version = scraped
-    found = samples(texts["3"])
+    found = samples(texts["12"])
     assert found["redline_learning_rate"] == {(("group", "0"), ("optimizer", "AdamW")): 0.01}
     assert found["redline_weight_decay"] == {(("group", "0"), ("optimizer", "AdamW")): 0.1}
     assert found["redline_interventions_total"][("action", "scale"), ("controller", "ScaleOnce")] == 1
     assert {labels[0][1] for labels in found["redline_nonfinite_total"]} == {"loss", "gradient", "update", "weight"}
     assert set(found["redline_measurements_total"].items()) == {
-        ((("monitor", name),), 3.0) for name in ("WeightSpectrum", "UpdateSpectrum", "GhostRadius", "StepHealth")
+        ((("monitor", name),), 12.0) for name in ("WeightSpectrum", "UpdateSpectrum", "GhostRadius", "StepHealth")
     }
     ((info, one),) = found["redline_run_info"].items()
     assert one == 1
@@ -288,11 +289,11 @@ def test_labels_hold_the_right_values(scraped: Any):
 
 def test_values_are_those_of_the_last_step(scraped: Any):
     texts, module, _ = scraped
-    for name in ("3", "5"):
+    for name in ("3", "12"):
         found = samples(texts[name])
         assert found["redline_steps_total"][()] == int(name)
         assert found["redline_loss"][()] == pytest.approx(module.losses[int(name) - 1])
-    scaled, free = samples(texts["3"]), samples(texts["5"])
+    scaled, free = samples(texts["3"]), samples(texts["12"])
     assert (scaled["redline_step_scale"][()], free["redline_step_scale"][()]) == (0.5, 1.0)
     r = "redline_normalized_step_size"
     assert scaled["redline_committed_step_size"][()] == pytest.approx(0.5 * scaled[r][()])
@@ -305,14 +306,14 @@ def test_the_openmetrics_parser_accepts_it_too(scraped: Any):
     assert texts["openmetrics"].endswith("# EOF\n")
     found = {
         sample.name: sample.value
-        for family in openmetrics.parser.text_string_to_metric_families(texts["openmetrics"])
+        for family in openmetrics_parser.text_string_to_metric_families(texts["openmetrics"])
         for sample in family.samples
         if not sample.labels
     }
-    plain = {name: series[()] for name, series in samples(texts["5"]).items() if () in series}
+    plain = {name: series[()] for name, series in samples(texts["12"]).items() if () in series}
     assert found == plain
     types = {
-        family.name: family.type for family in openmetrics.parser.text_string_to_metric_families(texts["openmetrics"])
+        family.name: family.type for family in openmetrics_parser.text_string_to_metric_families(texts["openmetrics"])
     }
     assert (types["redline_steps"], types["redline_loss"], types["redline_run"]) == ("counter", "gauge", "info")
 
@@ -326,7 +327,7 @@ def test_there_are_no_created_series(scraped: Any, name: str):
 def test_counters_are_there_at_0_before_the_first_step(scraped: Any, counter: str):
     series = samples(scraped[0]["start"]).get(counter)
     assert series, f"{counter} is not there"
-    assert set(series) == set(samples(scraped[0]["3"])[counter])
+    assert set(series) == set(samples(scraped[0]["12"])[counter])
     assert set(series.values()) == {0.0}
 
 

@@ -14,6 +14,9 @@ from redline.numerics import SpectralState, top_singular_values
 
 ACCURACY = 1e-4  # relative error of sigma_1 that Redline promises
 
+# Watched, the iteration stops once it has converged; unwatched, as on an accelerator, after a fixed count.
+watched_and_unwatched = pytest.mark.parametrize("watched", [True, False], ids=["watched", "unwatched"])
+
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
@@ -93,11 +96,12 @@ MATRICES = {
 }
 
 
+@watched_and_unwatched
 @pytest.mark.parametrize("name", MATRICES)
-def test_sigma_equals_that_of_a_full_decomposition_cold_and_warm(name):
+def test_sigma_equals_that_of_a_full_decomposition_cold_and_warm(name, watched):
     matrix = MATRICES[name]()
-    cold = top_singular_values([matrix])
-    warm = top_singular_values([matrix], cold.state)
+    cold = top_singular_values([matrix], watched=watched)
+    warm = top_singular_values([matrix], cold.state, watched=watched)
     for estimate in (cold, warm):
         assert relative_error(estimate.sigma[0], matrix) < ACCURACY
         assert estimate.sigma.dtype == (torch.float64 if matrix.dtype == torch.float64 else torch.float32)
@@ -106,9 +110,10 @@ def test_sigma_equals_that_of_a_full_decomposition_cold_and_warm(name):
 
 @pytest.mark.parametrize("name", MATRICES)
 @pytest.mark.parametrize("iterations", [None, 2])
-def test_the_residual_is_that_of_the_vector_returned(name, iterations):
+@watched_and_unwatched
+def test_the_residual_is_that_of_the_vector_returned(name, watched, iterations):
     matrix = MATRICES[name]()
-    estimate = top_singular_values([matrix], iterations=iterations)
+    estimate = top_singular_values([matrix], iterations=iterations, watched=watched)
     vector = estimate.state.vectors[0][:, 0]
     assert float(vector.norm()) == pytest.approx(1, abs=1e-5)
     # The products are float32: a residual below 1e-5 is rounding.
@@ -124,18 +129,20 @@ def test_two_iterations_on_a_flat_spectrum_say_that_they_have_not_arrived():
     assert float(estimate.residual[0]) > 1e-2
 
 
+@watched_and_unwatched
 @pytest.mark.parametrize("shape", [(90, 80), (20, 10), (1, 5), (5, 1), (1, 1)])
-def test_a_zero_matrix_has_sigma_0_and_residual_0(shape):
-    cold = top_singular_values([torch.zeros(shape)])
-    for estimate in (cold, top_singular_values([torch.zeros(shape)], cold.state)):
+def test_a_zero_matrix_has_sigma_0_and_residual_0(shape, watched):
+    cold = top_singular_values([torch.zeros(shape)], watched=watched)
+    for estimate in (cold, top_singular_values([torch.zeros(shape)], cold.state, watched=watched)):
         assert estimate.sigma.tolist() == [0.0]
         assert estimate.residual.tolist() == [0.0]
 
 
-def test_a_matrix_that_is_no_longer_zero_is_measured_from_the_state_of_when_it_was():
-    state = top_singular_values([torch.zeros(120, 90)]).state
-    matrix = gaussian(120, 90)
-    assert relative_error(top_singular_values([matrix], state).sigma[0], matrix) < ACCURACY
+@watched_and_unwatched
+def test_a_matrix_that_is_no_longer_zero_is_measured_from_the_state_of_when_it_was(watched):
+    state = top_singular_values([torch.zeros(300, 200)], watched=watched).state
+    matrix = gaussian(300, 200)
+    assert relative_error(top_singular_values([matrix], state, watched=watched).sigma[0], matrix) < ACCURACY
 
 
 def test_many_matrices_are_measured_independently_and_in_order():
@@ -169,15 +176,16 @@ def test_parameters_are_measured_without_a_graph_and_left_alone():
     decay=st.sampled_from([0.0, 0.1, 0.5, 2.0]),
     exponent=st.integers(-12, 12),
     dtype=st.sampled_from([torch.float32, torch.float64]),
+    watched=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_any_matrix(rows, columns, rank, decay, exponent, dtype, seed):
+def test_any_matrix(rows, columns, rank, decay, exponent, dtype, watched, seed):
     k = min(rows, columns, rank)
     spectrum = torch.arange(1, k + 1, dtype=torch.float64) ** -decay * 10.0**exponent
     matrix = with_spectrum(rows, columns, spectrum, seed).to(dtype)
     state = SpectralState(seed=seed)
     for _ in range(2):  # cold, then warm
-        estimate = top_singular_values([matrix], state)
+        estimate = top_singular_values([matrix], state, watched=watched)
         state = estimate.state
         if k == 0:
             assert estimate.sigma.tolist() == [0.0]
@@ -218,11 +226,23 @@ class TestWarmStart:
             state = estimate.state
             assert relative_error(estimate.sigma[0], matrix) < ACCURACY
 
+    def test_one_that_has_nothing_to_do_with_the_matrix_costs_no_accuracy(self):
+        state = None
+        for seed in range(6):
+            matrix = gaussian(300, 200, seed)
+            estimate = top_singular_values([matrix], state)
+            state = estimate.state
+            assert relative_error(estimate.sigma[0], matrix) < ACCURACY
+
     def test_a_looser_tolerance_costs_fewer_passes_and_still_holds(self):
         matrix = gaussian(600, 400)
         tight, loose = top_singular_values([matrix]), top_singular_values([matrix], tolerance=1e-2)
         assert int(loose.passes[0]) < int(tight.passes[0])
         assert relative_error(loose.sigma[0], matrix) < 1e-2
+
+    def test_unwatched_as_many_passes_are_made_as_are_asked_for(self):
+        estimate = top_singular_values([gaussian(400, 300), torch.zeros(400, 300)], iterations=7, watched=False)
+        assert estimate.passes.tolist() == [14, 14]
 
     @pytest.mark.parametrize("iterations", [1, 3, 7])
     def test_iterations_bound_the_passes(self, iterations):
@@ -242,21 +262,23 @@ class TestWarmStart:
     @pytest.mark.parametrize("factor", [1.5, 3.0, 100.0])
     @pytest.mark.parametrize("bulk", ["gap", "linear", "power law"])
     @pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
-    def test_a_new_top_orthogonal_to_the_warm_vectors_is_found_at_once(self, shape, bulk, factor):
+    @watched_and_unwatched
+    def test_a_new_top_orthogonal_to_the_warm_vectors_is_found_at_once(self, watched, shape, bulk, factor):
         k = min(shape)
         for seed in range(3):
             old, new = _planted(shape, _bulk(bulk, k), factor, seed)
-            state = top_singular_values([old]).state
-            estimate = top_singular_values([new], state)
+            state = top_singular_values([old], watched=watched).state
+            estimate = top_singular_values([new], state, watched=watched)
             assert relative_error(estimate.sigma[0], new) < ACCURACY
 
     @pytest.mark.parametrize("bulk", ["gap", "linear", "power law"])
-    def test_a_new_top_barely_above_the_old_one_is_found_within_ten_calls(self, bulk):
+    @watched_and_unwatched
+    def test_a_new_top_barely_above_the_old_one_is_found_within_ten_calls(self, watched, bulk):
         for seed in range(3):
             old, new = _planted((300, 200), _bulk(bulk, 200), 1.05, seed)
-            state = top_singular_values([old]).state
+            state = top_singular_values([old], watched=watched).state
             for _ in range(10):
-                estimate = top_singular_values([new], state)
+                estimate = top_singular_values([new], state, watched=watched)
                 state = estimate.state
             assert relative_error(estimate.sigma[0], new) < ACCURACY
 
@@ -326,22 +348,25 @@ class TestNonFinite:
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("where", ["one entry", "everywhere"])
     @pytest.mark.parametrize("shape", [(150, 100), (100, 150), (20, 10), (30, 1), (1, 1)])
-    def test_it_gives_nan_and_does_not_poison_the_next_call(self, value, where, shape):
+    @watched_and_unwatched
+    def test_it_gives_nan_and_does_not_poison_the_next_call(self, watched, value, where, shape):
         matrix = gaussian(*shape)
         broken = matrix.clone() if where == "one entry" else torch.full(shape, value)
         broken[-1, -1] = value
-        before = top_singular_values([matrix])
-        during = top_singular_values([broken], before.state)
+        before = top_singular_values([matrix], watched=watched)
+        during = top_singular_values([broken], before.state, watched=watched)
         assert math.isnan(during.sigma[0])
-        after = top_singular_values([matrix], during.state)
+        after = top_singular_values([matrix], during.state, watched=watched)
+        undisturbed = top_singular_values([matrix], before.state, watched=watched)
         assert relative_error(after.sigma[0], matrix) < ACCURACY
-        assert int(after.passes[0]) <= int(top_singular_values([matrix], before.state).passes[0])  # still warm
+        assert int(after.passes[0]) <= int(undisturbed.passes[0])  # still warm
 
-    def test_it_does_not_poison_a_cold_start(self):
-        matrix = gaussian(150, 100)
-        during = top_singular_values([torch.full((150, 100), math.nan)])
+    @watched_and_unwatched
+    def test_it_does_not_poison_a_cold_start(self, watched):
+        matrix = gaussian(300, 200)
+        during = top_singular_values([torch.full((300, 200), math.nan)], watched=watched)
         assert math.isnan(during.sigma[0])
-        after = top_singular_values([matrix], during.state)
+        after = top_singular_values([matrix], during.state, watched=watched)
         assert relative_error(after.sigma[0], matrix) < ACCURACY
 
     def test_its_neighbours_are_measured(self):
