@@ -70,7 +70,7 @@ def watch_only_reason(optimizer: Optimizer) -> str | None:
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
         return "LBFGS moves the parameters many times within one step, and its line search would not see the control"
-    if name.startswith(_SHADOW_CLASSES):
+    if any(known in name for known in _SHADOW_CLASSES):
         return f"{name} keeps shadow weights and writes the parameters from them, which would undo the control"
     for parameter, state in optimizer.state.items():
         for key, value in state.items() if isinstance(state, dict) else ():

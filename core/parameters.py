@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from redline.errors import ConfigurationError
 from redline.notes import Notes
+from redline.optimizers import optimizer_labels
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -53,9 +54,11 @@ def matrix_layers(model: nn.Module, notes: Notes) -> list[MatrixLayer]:
     dimension, or only one that is not 1) are not measured; what cannot be is noted by name.
     """
     convolutions = {
-        id(module.weight): isinstance(module, _TRANSPOSED)
+        id(parameter): isinstance(module, _TRANSPOSED)
         for module in model.modules()
-        if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)) and "weight" in module._parameters
+        if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED))
+        for parameter in module.parameters()  # the weight, or what a parametrization makes it from
+        if tuple(parameter.shape) == _kernel_shape(module)
     }
     layers: list[MatrixLayer] = []
     for name, parameter in model.named_parameters():
@@ -72,6 +75,12 @@ def matrix_layers(model: nn.Module, notes: Notes) -> list[MatrixLayer]:
             continue
         layers += _layers_of(name, parameter, convolutions.get(id(parameter)))
     return layers
+
+
+def _kernel_shape(module: nn.Module) -> tuple[int, ...]:
+    channels = int(module.in_channels), int(module.out_channels)  # type: ignore[arg-type]
+    first, second = channels if isinstance(module, _TRANSPOSED) else channels[::-1]
+    return (first, second // int(module.groups), *module.kernel_size)  # type: ignore[arg-type,misc]
 
 
 def _layers_of(name: str, parameter: Tensor, transposed: bool | None) -> list[MatrixLayer]:
@@ -97,6 +106,7 @@ class ParameterNames:
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], notes: Notes) -> None:
         self._model, self._notes = model, notes
+        self._labels = dict(zip(map(id, optimizers), optimizer_labels(optimizers), strict=True))
         self._names: dict[int, str] = {}
         self._refresh()
         held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -117,7 +127,7 @@ class ParameterNames:
                 if id(parameter) not in self._names:
                     self._refresh()
                 if id(parameter) not in self._names:
-                    name = self._names[id(parameter)] = f"{type(optimizer).__name__}[{g}][{k}]"
+                    name = self._names[id(parameter)] = f"{self._labels[id(optimizer)]}[{g}][{k}]"
                     self._notes.add(
                         f"{name} is in the optimizer but not in the model: it counts in the update's norm, not in the "
                         "ghost radius."

@@ -151,8 +151,7 @@ class TangentProbe:
         self._method = taken.method
         if not self._checked:
             taken = self._check(taken, by)
-        mask = None if taken.mask is None else taken.mask
-        return StepTangent(_wide(taken.logits), _wide(taken.tangent), mask, taken.method, samples, batch)
+        return StepTangent(taken.logits, taken.tangent, taken.mask, taken.method, samples, batch)
 
     def _check(self, taken: LogitTangent, by: Callable[[str], LogitTangent]) -> LogitTangent:
         """Hold the run's first tangent against a finite difference: some kernels drop tangents silently."""
@@ -160,8 +159,8 @@ class TangentProbe:
             self._checked = True
             return taken
         reference = by(FINITE_DIFFERENCE)
-        size = torch.maximum(_wide(reference.tangent).norm(), _wide(taken.tangent).norm())
-        error = float((_wide(reference.tangent) - _wide(taken.tangent)).norm() / size)  # once a run
+        size = torch.maximum(reference.tangent.norm(), taken.tangent.norm())
+        error = float((reference.tangent - taken.tangent).norm() / size)  # once a run
         if not math.isfinite(error):
             return taken  # a zero or non-finite step shows nothing; the next one is held against it
         self._checked = True
@@ -209,12 +208,11 @@ def _subsample(call: CapturedCall, batch: int, samples: int, batch_dim: int) -> 
 
 
 def _couples_samples(module: nn.Module) -> bool:
-    """Whether train-mode statistics make a sample's logits depend on the rest of the batch."""
-    return any(isinstance(inner, nn.modules.batchnorm._BatchNorm) and inner.training for inner in module.modules())
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    """Whether batch statistics make a sample's logits depend on the rest of the batch."""
+    return any(
+        isinstance(inner, nn.modules.batchnorm._BatchNorm) and (inner.training or inner.running_mean is None)
+        for inner in module.modules()
+    )
 
 
 def _first_line(error: BaseException) -> str:

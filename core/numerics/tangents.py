@@ -8,7 +8,7 @@ then a central difference in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ FINITE_DIFFERENCE = "finite_difference"
 METHODS = (FORWARD_MODE, MATH_ATTENTION, FINITE_DIFFERENCE)
 """The ladder, best rung first."""
 
-# Relative size of the finite difference's step: ||h d|| = 2e-3 ||theta||. A central difference errs by about h^2 / 6
+# Relative size of the finite difference's step: its entries are 2e-3 of the size of the model's own. A central difference errs by about h^2 / 6
 # from curvature and by machine precision / h from rounding; in float32 the sum is least between 1e-3 and 1e-2.
 _RELATIVE_STEP = 2e-3
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -78,8 +78,8 @@ def logit_tangent(
         parameters: ``{parameter name: tensor}`` at which to differentiate, where not at the model's own.
 
     Returns:
-        The tangent and the logits, in the model's dtype (float32 at least by finite difference, whose logits are the
-        mean of the two evaluations).
+        The tangent and the logits, in float32 at least; by finite difference the logits are the mean of the two
+        evaluations.
 
     Raises:
         ConfigurationError: the logits are no floating tensor, a name is no parameter of the model, or the method is
@@ -90,11 +90,10 @@ def logit_tangent(
     direction = _canonical(model, direction, "direction")
     point = {name: tensor.detach() for name, tensor in model.named_parameters()}
     point.update(_canonical(model, parameters or {}, "value"))
-    # A direction as long as the parameters themselves: neither a half-precision tangent nor a difference is then lost
-    # in rounding, however short the step is.
-    length = _norm(direction.values())
-    stretch = torch.where(length > 0, _norm(point[name] for name in direction) / length, 1.0)
-    stretch = torch.where(stretch > 0, stretch, 1.0)
+    # A direction whose entries are of the size of the model's own: neither a half-precision tangent nor a difference is
+    # then lost in rounding, however short the step is. Of the whole model, since what moves may itself be zero.
+    stretch = _root_mean_square(point.values()) / _root_mean_square(direction.values())
+    stretch = torch.where(torch.isfinite(stretch) & (stretch > 0), stretch, 1.0)
     stretched = {name: (tensor * stretch).to(point[name].dtype) for name, tensor in direction.items()}
     function = logits or default_logits
 
@@ -111,7 +110,7 @@ def logit_tangent(
             if rung == FINITE_DIFFERENCE or method != "auto":
                 raise
         else:
-            return LogitTangent(z, tangent / stretch.to(tangent.dtype), mask, rung)
+            return LogitTangent(_widen(z), _widen(tangent) / stretch, mask, rung)
     raise AssertionError("unreachable: the last rung returns or raises")
 
 
@@ -200,5 +199,6 @@ def _widen(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in _LOW_PRECISION else value
 
 
-def _norm(tensors: Any) -> Tensor:
-    return torch.nn.utils.get_total_norm([_widen(tensor) for tensor in tensors])
+def _root_mean_square(tensors: Collection[Tensor]) -> Tensor:
+    size = max(sum(tensor.numel() for tensor in tensors), 1)
+    return torch.nn.utils.get_total_norm([_widen(tensor) for tensor in tensors]) / size**0.5

@@ -322,6 +322,39 @@ def test_two_children_end_a_run_that_cannot_be_measured_at_its_first_due_step() 
     assert step_size(model, lambda x: head(encoder(x)), module="head") > 0
 
 
+def test_users_own_hook_on_the_inputs_is_applied_once() -> None:
+    alone, model = net(), net()
+    model.register_forward_pre_hook(lambda _, args: (3 * args[0],))
+    assert step_size(model, model) == pytest.approx(step_size(alone, lambda x: alone(3 * x)), rel=1e-5)
+
+
+class WorkingInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.mul_(3))
+
+
+@pytest.mark.filterwarnings("ignore::redline.RedlineWarning")
+@pytest.mark.parametrize("by", ["the model", "the loop"])
+def test_inputs_that_were_overwritten_are_not_taken_for_the_inputs(by: str) -> None:
+    """A model that works in place, a loop that fills one buffer again and again: r is right, or it is absent."""
+    alone = net()
+    expected = step_size(alone, lambda x: alone(3 * x))
+    model = WorkingInPlace() if by == "the model" else net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)) * (1 if by == "the model" else 3)
+    with redline.attach(model, optimizer, monitors=[redline.GhostRadius(1)]) as session:
+        F.cross_entropy(model(x), torch.arange(6) % 3).backward()
+        if by == "the loop":
+            x.fill_(100.0)
+        optimizer.step()
+        measured = session.latest.series("redline_normalized_step_size").get(())
+    assert measured is None or measured == pytest.approx(expected, rel=1e-5)
+
+
 class Predictor(Trainer):
     """Has a forward, for prediction, that the training loop does not call."""
 

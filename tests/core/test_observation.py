@@ -42,6 +42,15 @@ MEASURED = (
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """With tensors this small, several threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # What is trained ----------------------------------------------------------------------------------
 
 
@@ -414,6 +423,37 @@ def test_default_monitors_on_their_default_schedules_change_nothing() -> None:
     assert differences(watched, unwatched) == []
 
 
+class WorkingInPlace(nn.Module):
+    """Normalizes its input in place, as some do to save memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.mul_(0.9))
+
+
+@pytest.mark.filterwarnings("ignore::redline.RedlineWarning")
+def test_data_that_the_model_works_on_in_place_is_worked_on_once() -> None:
+    """Batches are views of the data: replaying the model on them would change what the next epoch sees."""
+
+    def data_after(watched: bool) -> Tensor:
+        seed()
+        model, data = WorkingInPlace(), torch.randn(12, 6)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        monitors: list[redline.Monitor] = [redline.GhostRadius(1)] if watched else []
+        with redline.attach(model, optimizer, monitors=monitors):
+            for step in range(4):
+                batch = data[6 * (step % 2) : 6 * (step % 2) + 6]
+                F.cross_entropy(model(batch), torch.arange(6) % 5).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return data
+
+    assert torch.equal(data_after(watched=True), data_after(watched=False))
+
+
 def test_submodules_frozen_in_eval_stay_in_eval() -> None:
     run = train(sessions=1, steps=4)
     modes = {name: module.training for name, module in run.model.named_modules()}
@@ -510,6 +550,33 @@ def test_model_compiled_in_place_is_unchanged(capsys: pytest.CaptureFixture[str]
 def test_model_compiled_as_one_graph_is_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     """``fullgraph=True`` refuses graph breaks: a hook that breaks the graph would end the run."""
     assert_unchanged(capsys, steps=10, midway=Compiling("aot_eager", fullgraph=True))
+
+
+def compiled_step(run: Run) -> None:
+    """Compile the optimizer's step, as is recommended to fuse it."""
+    torch.compiler.reset()
+    (optimizer,) = run.optimizers
+    step = optimizer.step
+
+    @torch.compile(backend="aot_eager")
+    def compiled() -> None:
+        step()
+
+    def loop(run: Run) -> Tensor:
+        loss = run.loss()
+        run.observe(loss)
+        loss.backward()
+        compiled()
+        return loss
+
+    run.loop = loop
+
+
+@pytest.mark.parametrize("optimizers", [sgd, adam])
+def test_compiled_optimizer_step_is_unchanged(
+    optimizers: Callable[[nn.Module], list[Optimizer]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_unchanged(capsys, steps=10, optimizers=optimizers, midway=compiled_step)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="inductor needs a C++ compiler")

@@ -15,7 +15,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import redline
-from redline import ConfigurationError, Need, Readings, RedlineWarning, Scale, Snapshot, Step
+from redline import ConfigurationError, Need, Readings, RedlineWarning, Scale, Snapshot, Step, metrics
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet_machine() -> Iterator[None]:
+    """One thread, since with tensors this small several only wait for one another, and few objects to search."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
 
 # Doubles ----------------------------------------------------------------------------------------------
 
@@ -923,6 +936,51 @@ def test_monitor_that_raises_becomes_a_note_said_once() -> None:
     for seed in range(2):
         alone.step(seed)
     assert all(torch.equal(tensor, alone.parameters[name]) for name, tensor in run.parameters.items())
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda readings: readings.gauge(metrics.LOSS, torch.zeros(3)),
+        lambda readings: readings.layers(metrics.WEIGHT_STABLE_RANK, ["one", "two"], torch.zeros(3)),
+    ],
+    ids=["a vector for a gauge", "three values for two layers"],
+)
+def test_monitor_that_writes_what_cannot_be_read_becomes_a_note(write: Callable[[Readings], None]) -> None:
+    run = Run()
+    sink = Keeping(1)
+
+    def whole_run() -> redline.Session:
+        with run.attach(Watching(lambda _, readings: write(readings)), redline.StepHealth(1), sinks=[sink]) as session:
+            run.step(0)
+            run.step(1)
+        return session
+
+    with pytest.warns(RedlineWarning, match="Watching"):
+        session = whole_run()
+    assert session.latest.value("redline_gradient_norm") > 0
+    assert [snapshot.step for snapshot in sink.snapshots] == [0, 1]
+
+
+def test_schedule_that_raises_does_not_end_the_run() -> None:
+    """At the start it may be refused; later on a run is under way."""
+
+    def broken(step: int) -> bool:
+        return step == 0 or fail()
+
+    run = Run()
+    keeping = Keeping(1)
+
+    def whole_run() -> redline.Session:
+        with run.attach(Watching(every=broken), redline.StepHealth(1), sinks=[Keeping(broken), keeping]) as session:
+            for seed in range(3):
+                run.step(seed)
+        return session
+
+    with pytest.warns(RedlineWarning, match="ZeroDivisionError"):
+        session = whole_run()
+    assert session.latest.value("redline_steps_total") == 3
+    assert [snapshot.step for snapshot in keeping.snapshots] == [0, 1, 2]
 
 
 class Breaking(Keeping):

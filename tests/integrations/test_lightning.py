@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -331,11 +332,12 @@ def test_a_watched_fit_is_bit_identical_to_one_that_is_not(name: str):
 
 
 class LogsInForward(CallsItself):
-    """Logs a mean of an activation from within ``forward``."""
+    """Logs norms of activations from within ``forward``."""
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.net(x)
-        self.log("activation", logits.norm(), on_step=True, on_epoch=True)
+        self.log("inputs", x.norm(), on_step=True, on_epoch=True)
+        self.log_dict({"logits": logits.norm()}, on_step=True, on_epoch=True)
         return logits
 
 
@@ -345,6 +347,29 @@ def test_what_forward_logs_is_not_changed_by_calling_it_again():
         one = trainer(*callbacks, max_epochs=1)
         one.fit(LogsInForward(), data(5))
         return {name: float(value) for name, value in one.callback_metrics.items()}
+
+    assert fit(RedlineCallback(monitors=[redline.GhostRadius(every=1, max_samples=3)])) == fit()
+
+
+class MetersInForward(CallsItself):
+    """Keeps a metric of torchmetrics, updated from within ``forward``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meter = torchmetrics.MeanMetric()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.net(x)
+        self.meter.update(logits.detach().norm())
+        return logits
+
+
+def test_a_metric_kept_in_forward_is_not_changed_by_calling_it_again():
+    def fit(*callbacks: pl.Callback) -> float:
+        seed(0)
+        module = MetersInForward()
+        trainer(*callbacks, max_epochs=1).fit(module, data(5))
+        return float(module.meter.compute())
 
     assert fit(RedlineCallback(monitors=[redline.GhostRadius(every=1, max_samples=3)])) == fit()
 
@@ -584,9 +609,10 @@ def test_a_compiled_lightning_module(backend: str):
     assert keep.values(R) == pytest.approx(proposal.expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", [None, "net"])
 @pytest.mark.parametrize("task", [CallsItself, CallsItsNet])
-def test_a_compiled_net_inside(task: type[Task]):
-    callback, keep = measuring_r()
+def test_a_compiled_net_inside(task: type[Task], name: str | None):
+    callback, keep = measuring_r(module=name)
     module = task()
     module.net = torch.compile(module.net, backend="eager")
     trainer(callback, max_epochs=1).fit(module, data(4))

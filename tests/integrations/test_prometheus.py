@@ -422,8 +422,7 @@ def snapshot_of(value: float, layers: int = 200) -> Snapshot:
 def test_a_scrape_sees_one_snapshot():
     snapshots = [snapshot_of(value) for value in range(1, 60)]
     exporter = redline.PrometheusExporter(port=0)
-    exporter.open(RUN)
-    exporter.emit(snapshots[0])
+    exporter.open(snapshots[0])
     done = threading.Event()
     seen = []
 
@@ -557,7 +556,7 @@ def test_only_rank_0_serves(monkeypatch: pytest.MonkeyPatch, rank: int, serves: 
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: rank)
     threads = set(threading.enumerate())
     exporter = redline.PrometheusExporter(port=0)
-    exporter.open(RUN)
+    exporter.open(snapshot_of(0.0, layers=1))
     exporter.emit(snapshot_of(1.0, layers=1))
     assert (exporter.url is not None) is serves
     assert (set(threading.enumerate()) > threads) is serves
@@ -620,3 +619,15 @@ def test_a_pickle_of_an_open_exporter_is_closed_and_the_original_goes_on():
     second.step()
     assert samples(scrape(copied.url))["redline_steps_total"][()] == 1
     second.session.close()
+
+
+def test_a_pickle_of_an_exporter_on_any_free_port_takes_another_one():
+    exporter = redline.PrometheusExporter(port=0)
+    loop = Loop(exporter, monitors=[redline.StepHealth()])
+    copied = pickle.loads(pickle.dumps(exporter))
+    second = Loop(copied, monitors=[redline.StepHealth()])
+    served = copied.url
+    second.session.close()
+    loop.session.close()
+    assert served is not None
+    assert copied.port != exporter.port
