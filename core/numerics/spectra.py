@@ -78,7 +78,8 @@ def top_singular_values(
         tolerance: relative error of ``sigma_1`` at which a watched matrix is done, as estimated from the geometric
             decay of the Ritz value's increments.
         watched: whether to ask for convergence after each iteration, which waits for an accelerator; by default on the
-            CPU only. Unwatched, exactly ``iterations`` are made.
+            CPU only. Unwatched, exactly ``iterations`` are made, and a matrix that was zero or not finite the last time
+            takes a few calls to be warm: its residual says so.
 
     Returns:
         Estimates on the matrices' device. The random columns come from a generator of this function's own.
@@ -190,7 +191,7 @@ def _top_vectors_by_squaring(gram: Tensor, rank: int) -> Tensor:
     for _ in range(rank):
         power = rest
         for _ in range(_SQUARINGS):
-            power = power / power.diagonal().sum().clamp_min(tiny)
+            power = power / torch.linalg.vector_norm(power).clamp_min(tiny)  # not the trace: noise has any
             power = power @ power
         column = power[:, power.diagonal().argmax()]
         vectors.append(column / torch.linalg.vector_norm(column).clamp_min(tiny))

@@ -605,6 +605,7 @@ def test_update_that_raises_is_given_up_and_the_next_step_measured_properly() ->
         assert latest.measured_at[redline.Series("redline_normalized_step_size")] == 1
         assert session.notes == ()
         assert controller.inspected == 2
+        del before, update
         assert in_memory(WIDTH, WIDTH) == weights
 
 

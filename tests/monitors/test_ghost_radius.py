@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +20,15 @@ R, RHO, TAU = "redline_normalized_step_size", "redline_ghost_radius", "redline_u
 SAMPLES, BATCH = "redline_tangent_samples", "redline_batch_samples"
 FALLBACKS = "redline_tangent_fallbacks_total"
 CLASSES = 7
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """With tensors this small, several threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Attention(nn.Module):
