@@ -53,20 +53,20 @@ def main() -> None:
         f"{describe()}.",
         "",
         f"ByteLM ({sum(p.numel() for p in ByteLM().parameters()):,} parameters), batch {options.batch} x 64 bytes, "
-        f"AdamW, {options.device}; {options.repeats} repetitions of {options.steps} interleaved pairs of steps, "
-        "nothing trimmed.",
+        f"AdamW, {options.device}; repetitions of {options.steps} interleaved pairs of steps, nothing trimmed.",
         f"Command: `python benchmarks/overhead.py --batch {options.batch} --write`.",
         "",
-        "| monitors | time over plain: median | min – max | plain step |",
-        "|---|---|---|---|",
+        "| monitors | repetitions | time over plain: median | min – max | plain step |",
+        "|---|---|---|---|---|",
     ]
     print("\n".join(lines))
     for name, monitors in stacks.items():
-        pairs = [measure(options, monitors, seed) for seed in range(options.repeats)]
+        repeats = options.repeats if monitors is redline.default_monitors else 1
+        pairs = [measure(options, monitors, seed) for seed in range(repeats)]
         ratios = [watched / plain for plain, watched in pairs]
         step = statistics.median(plain for plain, _ in pairs) / options.steps
         spread = f"{min(ratios):.4f} – {max(ratios):.4f}"
-        lines.append(f"| {name} | {statistics.median(ratios):.4f} | {spread} | {step * 1e3:.1f} ms |")
+        lines.append(f"| {name} | {repeats} | {statistics.median(ratios):.4f} | {spread} | {step * 1e3:.1f} ms |")
         print(lines[-1], flush=True)
     plain, watched = (peak_of_process(options, kind) for kind in ("plain", "monitored"))
     lines += [

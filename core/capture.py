@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from redline.errors import ConfigurationError
@@ -21,8 +22,8 @@ class CapturedCall:
 
     Attributes:
         module: eager and unwrapped.
-        args: positional inputs, by reference.
-        kwargs: keyword inputs, by reference.
+        args: positional inputs, copied: the model or the loop may go on to overwrite them.
+        kwargs: keyword inputs, copied.
         autocast: the autocast dtype in force on the module's device, or None.
     """
 
@@ -91,8 +92,9 @@ class ForwardCapture:
             handle.remove()
 
     def _watch(self, name: str, target: nn.Module) -> None:
+        # Ahead of the user's own hooks on the inputs: calling the module again runs those again.
         hook = ForwardHook(partial(self._on_call, name, unwrapped(target)))
-        self._handles.append(target.register_forward_pre_hook(hook, with_kwargs=True))
+        self._handles.append(target.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
 
     def _watch_children(self) -> None:
         self._settled = True
@@ -107,7 +109,8 @@ class ForwardCapture:
         self._settled = True
         self._before_forward()
         if self.armed:
-            self._calls[name] = CapturedCall(module, args, dict(kwargs), _autocast_dtype(module))
+            args, kwargs = tree_map(_copied, (args, dict(kwargs)))
+            self._calls[name] = CapturedCall(module, args, kwargs, _autocast_dtype(module))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -152,6 +155,10 @@ def _submodule(root: nn.Module, name: str) -> nn.Module:
 def _is_redirected(module: nn.Module) -> bool:
     """Whether Lightning is leading ``training_step`` through the module's ``forward``, as its DDP strategy does."""
     return "_ForwardRedirection" in getattr(vars(module).get("forward"), "__qualname__", "")
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _autocast_dtype(module: nn.Module) -> torch.dtype | None:

@@ -93,6 +93,7 @@ class Control:
         self._transaction.commit()
         for name, decision in taken:
             self._trace(step, name, decision)
+            step.update_changed()  # and so did the weights
         if size is not None or taken:
             self._read_out(scale, size)
         else:

@@ -80,6 +80,7 @@ class OptimizerHooks:
         for handle in self._handles:
             handle.remove()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -110,6 +111,7 @@ class OptimizerHooks:
             self._announced = True
             self._listener.before_update(optimizer)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth -= 1
         if self._depth == 0 and self._announced:

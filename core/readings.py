@@ -126,6 +126,8 @@ class Readings:
 
     def gauge(self, metric: Metric, value: Value, *labels: str) -> None:
         """Set a gauge: a float or a 0-d tensor on any device, which is copied."""
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"got a tensor of shape {tuple(value.shape)} for {metric.name}; expected one number")
         value = value.detach().clone() if isinstance(value, Tensor) else float(value)
         self._add(metric, (Series(metric.name, labels),), value, None)
 
@@ -138,6 +140,8 @@ class Readings:
             values: ``(len(names),)``, floating.
             valid: ``(len(names),)``, bool: layers for which the metric is not defined are false, and stay absent.
         """
+        if values.numel() != len(names) or (valid is not None and valid.numel() != len(names)):
+            raise ValueError(f"got {values.numel()} values of {metric.name} for {len(names)} layers; expected as many")
         self._add(metric, tuple(Series(metric.name, (name,)) for name in names), values.detach(), valid)
 
     def count(self, metric: Metric, amount: Value = 1, *labels: str) -> None:

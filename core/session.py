@@ -261,7 +261,7 @@ class Session:
 
     def _begin(self) -> Step:
         self._readings.step = self._index
-        self._due = [(name, monitor) for name, monitor in self._monitors if monitor.due(self._index)]
+        self._due = [(name, monitor) for name, monitor in self._monitors if self._is_due(name, monitor, self._index)]
         self._needs = Need.NOTHING
         for _, plugin in (*self._due, *self._controllers):
             self._needs |= plugin.needs
@@ -327,7 +327,7 @@ class Session:
                 self._readings.count(metrics.MEASUREMENTS, 1, name)
 
     def _publish(self, index: int) -> None:
-        due = [(name, sink) for name, sink in self._sinks if sink.due(index)]
+        due = [(name, sink) for name, sink in self._sinks if self._is_due(name, sink, index)]
         if due or self._readings.overflowing:
             self._fetch()
         for name, sink in due:
@@ -344,9 +344,16 @@ class Session:
 
     def _arm(self) -> None:
         """Keep the next forward's inputs only if somebody will ask for a tangent."""
-        plugins = [monitor for _, monitor in self._monitors if monitor.due(self._index)]
+        plugins = [monitor for name, monitor in self._monitors if self._is_due(name, monitor, self._index)]
         needs = [plugin.needs for plugin in (*plugins, *(controller for _, controller in self._controllers))]
         self._capture.armed = any(Need.TANGENT in need for need in needs)
+
+    def _is_due(self, name: str, plugin: Monitor | Sink, index: int) -> bool:
+        try:
+            return plugin.due(index)
+        except Exception as error:  # noqa: BLE001 a schedule may be anything callable; the run goes on
+            self._notes.add(f"{name} is not due: its schedule failed with {type(error).__name__}: {error}")
+            return False
 
     def _take_tangent(self, update: Mapping[str, Tensor], max_samples: int | None) -> Any:
         taken = self._probe.measure(self._transaction.parameters, self._transaction.before, update, max_samples)

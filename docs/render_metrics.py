@@ -17,8 +17,8 @@ def render() -> str:
         [
             "# Metrics",
             "",
-            "One definition each, in `core/metrics.py`; the console, Prometheus, the trainers' loggers and this page read "
-            "it. What was not measured is absent; NaN is a measurement. `layer` is a parameter's qualified name, "
+            "One definition each, in `core/metrics.py`; the console, Prometheus, the trainers' loggers and this page "
+            "read it. What was not measured is absent; NaN is a measurement. `layer` is a parameter's qualified name, "
             "`name[e]` for matrix `e` of a stack.",
             "",
             "| name | kind | labels | meaning |",

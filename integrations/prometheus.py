@@ -40,6 +40,7 @@ class PrometheusExporter(Sink):
         if not 0 <= port <= 65535:
             raise ConfigurationError(f"got port {port}; expected 0 (any free one) to 65535.")
         self.port, self.address = port, address
+        self._asked = port
         self._collector = _SnapshotCollector()
         self._server: tuple[WSGIServer, Thread] | None = None
 
@@ -56,12 +57,12 @@ class PrometheusExporter(Sink):
         registry = CollectorRegistry()
         registry.register(self._collector)
         try:
-            server, thread = start_http_server(self.port, self.address, registry)
+            server, thread = start_http_server(self._asked, self.address, registry)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
             raise OSError(
-                f"got port {self.port} on {self.address}, which is in use; expected a free one. The run goes on "
+                f"got port {self._asked} on {self.address}, which is in use; expected a free one. The run goes on "
                 "without serving metrics: pass another port, or 0 for any free one"
             ) from error
         self.port, self._server = server.server_port, (server, thread)

@@ -26,6 +26,7 @@ _DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
     torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout, torch.native_dropout,
 }  # fmt: skip
+_TORCHS = set(vars(nn.Module()))  # the attributes torch itself gives a module: parameters, buffers, hooks, mode
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _ATTENTION_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
@@ -85,6 +86,7 @@ def replaying(model: nn.Module, *, plain_kernels: bool = False) -> Iterator[None
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_without_onednn())
         stack.enter_context(_NoDropout())
+        stack.enter_context(_attributes_kept(model))
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
@@ -92,6 +94,39 @@ def replaying(model: nn.Module, *, plain_kernels: bool = False) -> Iterator[None
             torch.backends.mha.set_fastpath_enabled(fast_path)
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward leaves in plain attributes: counters, caches, running metrics."""
+    kept = [
+        (
+            vars(module),
+            {name: (value, _shallow_copy(value)) for name, value in vars(module).items() if name not in _TORCHS},
+        )
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for attributes, values in kept:
+            for name in [name for name in attributes if name not in values and name not in _TORCHS]:
+                del attributes[name]
+            for name, (value, before) in values.items():
+                attributes[name] = value
+                if isinstance(value, Tensor):
+                    value.copy_(before)
+                elif type(value) is list:
+                    value[:] = before
+                elif type(value) is dict:
+                    value.clear()
+                    value.update(before)
+
+
+def _shallow_copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.copy() if type(value) in (list, dict) else value
 
 
 @contextmanager

@@ -183,7 +183,7 @@ def _forward_mode(
         for name, tangent in direction.items():
             duals[name] = forward_ad.make_dual(point[name], tangent)
         z, mask = _read_logits(
-            functional_call(model, {**duals, **cloned_buffers(model)}, tuple(args), dict(kwargs)), function
+            functional_call(model, {**duals, **cloned_buffers(model)}, *_copied(args, kwargs)), function
         )
         primal, tangent_out = forward_ad.unpack_dual(z)
         # Clones, since what was unpacked may be a view of a dual tensor whose level ends here.
@@ -208,9 +208,16 @@ def _finite_difference(
             moved[name] = moved[name] + sign * _RELATIVE_STEP * _widen(tangent)
         buffers = {name: _widen(buffer) for name, buffer in cloned_buffers(model).items()}
         with replaying(model), torch.autocast(device_type, enabled=False):
-            ends.append(_read_logits(functional_call(model, {**moved, **buffers}, wide_args, wide_kwargs), function))
+            ends.append(
+                _read_logits(functional_call(model, {**moved, **buffers}, *_copied(wide_args, wide_kwargs)), function)
+            )
     (z_plus, mask), (z_minus, _) = ends
     return (z_plus + z_minus) / 2, (z_plus - z_minus) / (2 * _RELATIVE_STEP), mask
+
+
+def _copied(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs for one call: a model may work on them in place."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (tuple(args), dict(kwargs)))
 
 
 def _widen(value: Any) -> Any:

@@ -494,16 +494,46 @@ def test_step_in_progress_does_not_hide_what_it_comes_to() -> None:
 # What is kept, and let go of ------------------------------------------------------------------------------
 
 
-def test_nothing_of_a_parameters_size_is_kept_between_steps() -> None:
-    run = Run()
+class Snapshotting(Scaling):
+    """Pays for copies of the optimizer's state, and rejects every other step."""
+
+    snapshots_state = True
+
+    def inspect(self, step: Step) -> Any:
+        return [redline.Reject("as told.")] if step.index % 2 else super().inspect(step)
+
+
+class Withholding(redline.Controller):
+    """Withholds every other step."""
+
+    def before_update(self, step: Step) -> redline.Withhold | None:
+        return redline.Withhold("as told.") if step.index % 2 else None
+
+
+@pytest.mark.parametrize(
+    "controllers",
+    [
+        lambda: [],
+        lambda: [Scaling(0.9)],
+        lambda: [Snapshotting(0.9)],
+        lambda: [Withholding()],
+    ],
+    ids=["watched", "scaled", "rejected", "withheld"],
+)
+@pytest.mark.parametrize("optimizers", [sgd, muon_and_adamw])
+def test_nothing_of_a_parameters_size_is_kept_between_steps(
+    optimizers: Callable[[nn.Module], list[Optimizer]], controllers: Callable[[], list[redline.Controller]]
+) -> None:
+    run = Run(optimizers)
     run.step(0)
     weights, inputs = in_memory(WIDTH, WIDTH), in_memory(BATCH, WIDTH)
-    with run.attach(*often(), controllers=[Scaling(0.9)]) as session:
+    with run.attach(*often(), controllers=controllers()) as session:
         for seed in range(4):
             run.step(seed)
             assert in_memory(WIDTH, WIDTH) == weights
             assert in_memory(BATCH, WIDTH) == inputs
-        assert session.latest.value("redline_measurements_total", monitor="GhostRadius") == 4
+        assert session.latest.value("redline_measurements_total", monitor="StepHealth") == 4
+        assert session.latest.value("redline_measurements_total", monitor="GhostRadius") >= 2
     assert in_memory(WIDTH, WIDTH) == weights
 
 

@@ -421,6 +421,20 @@ def test_monitors_see_the_step_as_proposed_and_the_weights_as_committed() -> Non
     assert latest.value("redline_weight_spectral_norm", layer="weight") == pytest.approx(float(sigma), rel=1e-4)
 
 
+def test_weights_are_measured_as_committed_even_if_a_controller_looked_at_them_before() -> None:
+    run = Run(model=Linear)
+    before = run.parameters["weight"]
+
+    def look(step: Step) -> Iterable[Scale]:
+        step.weight_spectra(1e-6)
+        return []
+
+    with run.attach(scaling(0.0), Joint(look), monitors=[redline.WeightSpectrum(1)]) as session:
+        run.step(1)
+        sigma = session.latest.value("redline_weight_spectral_norm", layer="weight")
+    assert sigma == pytest.approx(float(torch.linalg.matrix_norm(before.double(), 2)), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "controller",
     [
