@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -45,6 +46,12 @@ class MatrixLayer:
         if self.transposed:
             tensor = tensor.transpose(0, 1)
         return tensor.reshape(self.d_out, self.d_in)
+
+
+def fans(layers: Sequence[MatrixLayer], like: Tensor) -> Tensor:
+    """``sqrt(d_out / d_in)`` of each layer, ``(n,)``, on the device and in the dtype of ``like``, without waiting."""
+    values = [(layer.d_out / layer.d_in) ** 0.5 for layer in layers]
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def matrix_layers(model: nn.Module, notes: Notes) -> list[MatrixLayer]:

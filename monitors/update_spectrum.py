@@ -9,6 +9,7 @@ import torch
 
 from redline import metrics
 from redline.monitor import Monitor, Need
+from redline.parameters import fans
 from redline.readings import Readings
 from redline.schedules import Schedule
 from redline.spectrum_tracker import SpectrumTracker
@@ -46,10 +47,10 @@ class UpdateSpectrum(Monitor):
         layers = [step.layers[place] for place in places]
         names = [layer.name for layer in layers]
         sigma = self._spectra.measure(layers, update.tensors, self.tolerance).sigma
-        weight = step.weight_spectra(_WEIGHT_TOLERANCE).sigma[places]
-        fan = sigma.new_tensor([(layer.d_out / layer.d_in) ** 0.5 for layer in layers])
+        index = torch.tensor(places).to(sigma.device, non_blocking=True)
+        weight = step.weight_spectra(_WEIGHT_TOLERANCE).sigma.index_select(0, index)
         readings.layers(metrics.UPDATE_SPECTRAL_NORM, names, sigma)
-        readings.layers(metrics.UPDATE_SPECTRAL_CONDITION, names, sigma / fan)
+        readings.layers(metrics.UPDATE_SPECTRAL_CONDITION, names, sigma / fans(layers, sigma))
         readings.layers(metrics.UPDATE_TO_WEIGHT_RATIO, names, sigma / weight, weight != 0)
         readings.gauge(metrics.UPDATE_NORM, update.norm)
         readings.count(metrics.NONFINITE, (~torch.isfinite(sigma)).sum(), "update")

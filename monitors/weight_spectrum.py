@@ -8,6 +8,7 @@ import torch
 
 from redline import metrics
 from redline.monitor import Monitor
+from redline.parameters import fans
 from redline.readings import Readings
 from redline.schedules import Schedule
 from redline.step import Step
@@ -44,9 +45,8 @@ class WeightSpectrum(Monitor):
                 for layer in step.layers
             ]
         )
-        fan = estimate.sigma.new_tensor([(layer.d_out / layer.d_in) ** 0.5 for layer in step.layers])
         readings.layers(metrics.WEIGHT_SPECTRAL_NORM, names, estimate.sigma)
         readings.layers(metrics.WEIGHT_SPECTRAL_RESIDUAL, names, estimate.residual)
         readings.layers(metrics.WEIGHT_STABLE_RANK, names, (frobenius / estimate.sigma) ** 2, estimate.sigma != 0)
-        readings.layers(metrics.WEIGHT_SPECTRAL_CONDITION, names, estimate.sigma / fan)
+        readings.layers(metrics.WEIGHT_SPECTRAL_CONDITION, names, estimate.sigma / fans(step.layers, estimate.sigma))
         readings.count(metrics.NONFINITE, (~torch.isfinite(estimate.sigma)).sum(), "weight")

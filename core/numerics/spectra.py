@@ -193,7 +193,7 @@ def _top_vectors_by_squaring(gram: Tensor, rank: int) -> Tensor:
         for _ in range(_SQUARINGS):
             power = power / torch.linalg.vector_norm(power).clamp_min(tiny)  # not the trace: noise has any
             power = power @ power
-        column = power[:, power.diagonal().argmax()]
+        column = power.index_select(1, power.diagonal().argmax().reshape(1)).squeeze(1)
         vectors.append(column / torch.linalg.vector_norm(column).clamp_min(tiny))
         # Deflate on both sides: the next top vector is that of what is left.
         rest = rest - torch.outer(rest @ vectors[-1], vectors[-1])

@@ -423,6 +423,21 @@ def test_default_monitors_on_their_default_schedules_change_nothing() -> None:
     assert differences(watched, unwatched) == []
 
 
+class Noisy(Convolutional):
+    """Draws from all three streams in its forward, as stochastic depth and noise layers do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0.1 * torch.randn_like(x) + 0.1 * float(np.random.rand())  # noqa: NPY002 the run's own stream
+        return super().forward(x) if random.random() < 0.8 else 0.5 * super().forward(x)
+
+
+@pytest.mark.parametrize("optimizers", [sgd, muon_and_adamw])
+def test_model_that_draws_random_numbers_itself_is_unchanged(
+    optimizers: Callable[[nn.Module], list[Optimizer]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_unchanged(capsys, steps=30, kind=Noisy, optimizers=optimizers)
+
+
 class WorkingInPlace(nn.Module):
     """Normalizes its input in place, as some do to save memory."""
 

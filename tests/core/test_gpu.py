@@ -1,0 +1,93 @@
+"""On a CUDA device: nothing is changed, nothing is waited for, and the figures are those of the CPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import redline
+from redline.integrations.demo.models import ByteLM
+from redline.numerics import top_singular_values
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here"),
+]
+
+
+def batches(steps: int, device: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(256, (48, 33), generator=generator).to(device) for _ in range(steps)]
+
+
+def train(model: nn.Module, data: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    for tokens in data:
+        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def language_model(device: str = "cuda", dropout: float = 0.1) -> nn.Module:
+    torch.manual_seed(0)
+    return ByteLM(width=96, layers=2, context=32, dropout=dropout).to(device)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_observation_changes_nothing(fused):
+    def run(observed: bool) -> tuple[dict[str, Tensor], Tensor]:
+        model = language_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+        monitors = [redline.WeightSpectrum(5), redline.UpdateSpectrum(5), redline.GhostRadius(2), redline.StepHealth()]
+        session = redline.attach(model, optimizer, monitors=monitors) if observed else None
+        train(model, batches(50, "cuda"), optimizer)
+        if session is not None:
+            session.close()
+            assert session.latest.value("redline_normalized_step_size") > 0
+        return dict(model.state_dict()), torch.cuda.get_rng_state()
+
+    (plain, plain_random), (watched, watched_random) = run(False), run(True)
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    assert torch.equal(plain_random, watched_random)
+
+
+def test_monitors_do_not_wait_for_the_device():
+    model = language_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    monitors = [redline.WeightSpectrum(1), redline.UpdateSpectrum(1), redline.GhostRadius(1), redline.StepHealth()]
+    with redline.attach(model, optimizer, monitors=monitors) as session:
+        data = batches(6, "cuda")
+        train(model, data[:2], optimizer)  # the first tangent is checked once, which waits
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            train(model, data[2:], optimizer)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert session.latest.value("redline_measurements_total", monitor="GhostRadius") == 6
+        assert session.notes == ()
+
+
+def test_spectra_agree_with_a_full_svd():
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(shape, generator=generator) for shape in [(768, 3072), (512, 512), (300, 40), (100, 1)]]
+    state = None
+    for _ in range(3):
+        estimate = top_singular_values([matrix.cuda() for matrix in matrices], state)
+        state = estimate.state
+    expected = torch.stack([torch.linalg.matrix_norm(matrix.double(), 2) for matrix in matrices])
+    assert (estimate.sigma.cpu().double() / expected - 1).abs().max() < 1e-4
+
+
+def test_r_agrees_with_the_cpu():
+    there = language_model(dropout=0.0)
+    here = copy.deepcopy(there).cpu()
+    sizes = []
+    for model, device in ((there, "cuda"), (here, "cpu")):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with redline.attach(model, optimizer, monitors=[redline.GhostRadius(1)]) as session:
+            train(model, batches(1, device), optimizer)
+        sizes.append(session.latest.value("redline_normalized_step_size"))
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-3)
