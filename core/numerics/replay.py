@@ -115,7 +115,9 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
             for name, (value, before) in values.items():
                 attributes[name] = value
                 if isinstance(value, Tensor):
-                    value.copy_(before)
+                    tensor, version = before
+                    if _version(value) != version:  # else writing would break graphs that go through it
+                        value.copy_(tensor)
                 elif type(value) is list:
                     value[:] = before
                 elif type(value) is dict:
@@ -123,9 +125,14 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
                     value.update(before)
 
 
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was written to; tensors of inference mode are not counted, nor written to by us."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _shallow_copy(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value.detach().clone(), _version(value)
     return value.copy() if type(value) in (list, dict) else value
 
 

@@ -469,6 +469,55 @@ def test_data_that_the_model_works_on_in_place_is_worked_on_once() -> None:
     assert torch.equal(data_after(watched=True), data_after(watched=False))
 
 
+class Remembering(nn.Module):
+    """Leaves what it computed in plain attributes, as models with an online probe or auxiliary loss do."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh())
+        self.head = nn.Linear(8, 5)
+        self.calls = 0
+        self.seen: list[int] = []
+        self.scale = scale
+        self.features: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(len(x))
+        self.features = self.body(x) * self.scale
+        return self.head(self.features)
+
+
+@pytest.mark.parametrize("scale", [torch.ones(8), torch.ones(1).expand(8)], ids=["plain", "expanded"])
+def test_what_a_model_remembers_is_left_alone_and_can_be_trained_on_after_the_step(scale: Tensor) -> None:
+    def train_with_probe(watched: bool) -> tuple[list[str], int, list[int]]:
+        seed()
+        model, probe = Remembering(scale), nn.Linear(8, 5)
+        optimizer, other = (torch.optim.SGD(module.parameters(), 0.1) for module in (model, probe))
+        monitors: list[redline.Monitor] = [redline.GhostRadius(1)] if watched else []
+        prints: list[str] = []
+        with redline.attach(model, optimizer, monitors=monitors) as session:
+            for _ in range(4):
+                F.cross_entropy(model(torch.randn(6, 6)), torch.arange(6) % 5).backward()
+                assert model.features is not None
+                of_probe = F.cross_entropy(probe(model.features.detach()), torch.arange(6) % 5)
+                features = model.features
+                optimizer.step()
+                assert model.features is features
+                of_probe.backward()  # of what was computed before the step
+                other.step()
+                optimizer.zero_grad()
+                other.zero_grad()
+                prints.append(digest([dict(model.named_parameters()), dict(probe.named_parameters()), features]))
+            if watched:
+                assert session.notes == ()
+                assert session.latest.value("redline_measurements_total", monitor="GhostRadius") == 4
+                assert session.latest.value("redline_normalized_step_size") > 0
+        return prints, model.calls, model.seen
+
+    assert train_with_probe(watched=True) == train_with_probe(watched=False)
+
+
 def test_submodules_frozen_in_eval_stay_in_eval() -> None:
     run = train(sessions=1, steps=4)
     modes = {name: module.training for name, module in run.model.named_modules()}

@@ -266,3 +266,66 @@ def test_a_replay_within_a_replay():
 def test_a_model_without_parameters():
     with replaying(nn.ReLU()):
         assert not torch.is_grad_enabled()
+
+
+class Keeping(nn.Module):
+    """Leaves things in plain attributes: a counter, running sums, a log, and a cache that its output is made from."""
+
+    def __init__(self, cache: torch.Tensor):
+        super().__init__()
+        self.weight, self.calls, self.log, self.sums = nn.Parameter(torch.ones(4)), 0, ["made"], {"x": 0.0}
+        self.total, self.cache = torch.zeros(4), cache
+
+    def forward(self, x):
+        self.calls += 1
+        self.log.append("called")
+        self.sums["x"] = self.sums["x"] + 1.0
+        self.total += x.detach().sum(0)
+        self.last = x
+        return self.weight * self.cache * x
+
+
+def test_what_a_forward_leaves_in_plain_attributes_is_taken_back():
+    model = Keeping(torch.ones(4))
+    model(torch.ones(2, 4))
+    log, total, last = model.log, model.total, model.last
+    with replaying(model):
+        model(torch.ones(3, 4))
+    assert (model.calls, model.log, model.sums) == (1, ["made", "called"], {"x": 1.0})
+    assert model.total.tolist() == [2.0] * 4
+    assert (model.log is log, model.total is total, model.last is last) == (True, True, True)
+
+    fresh = Keeping(torch.ones(4))
+    with replaying(fresh):
+        fresh(torch.ones(3, 4))
+    assert not hasattr(fresh, "last")
+
+
+def unwritable(kind: str) -> torch.Tensor:
+    if kind == "expanded":
+        return torch.ones(1).expand(4)
+    with torch.inference_mode():
+        return torch.ones(4)
+
+
+@pytest.mark.parametrize("kind", ["expanded", "of inference mode"])
+def test_an_attribute_that_cannot_be_written_to_is_no_obstacle(kind):
+    model = nn.Linear(4, 4)
+    model.constant = constant = unwritable(kind)
+    with replaying(model):
+        model(torch.ones(2, 4))
+    assert model.constant is constant
+    assert constant.tolist() == [1.0] * 4
+
+
+def test_a_graph_through_an_attribute_can_still_be_walked():
+    """Losses that share a forward, and hidden states carried along: their graphs outlive the step."""
+    model = Keeping(torch.ones(4))
+    hidden = torch.ones(4, requires_grad=True)
+    model.cache = hidden * 2
+    z = model(torch.ones(2, 4))
+    z.sum().backward(retain_graph=True)
+    with replaying(model):
+        model(torch.ones(2, 4))
+    z.sum().backward()
+    assert model.weight.grad.tolist() == [8.0] * 4
