@@ -157,17 +157,22 @@ def _starting_block(a: Tensor, start: Tensor | None, rank: int, generator: torch
 
 
 def _next_block(block: Tensor, basis: Tensor, generator: torch.Generator) -> Tensor:
-    """An orthonormal basis of what the block's columns add to the basis; "twice is enough" (Kahan, Parlett).
+    """An orthonormal basis of what the block's columns add to the basis.
 
-    Columns that add nothing but rounding (the space is invariant, the rank is exhausted) are drawn anew: normalized
-    noise would not be orthogonal to the basis, and the Ritz value would exceed the singular value.
+    Columns that add nothing but rounding (the space is invariant, the rank is exhausted) are drawn anew. One that adds
+    hardly more lies mostly within the basis again once it is normalized, so "twice is enough" (Kahan, Parlett) is
+    counted from there: were the basis not orthogonal, the Ritz value would exceed the singular value.
     """
-    block = block / block.abs().amax().clamp_min(torch.finfo(block.dtype).tiny)
+    tiny = torch.finfo(block.dtype).tiny
+    block = block / block.abs().amax().clamp_min(tiny)  # the squares of large entries would overflow
+    block = block / torch.linalg.vector_norm(block, dim=0).amax().clamp_min(tiny)
     block, triangle = torch.linalg.qr(block - basis @ (basis.mT @ block))
     noise = triangle.diagonal().abs() <= 100 * torch.finfo(block.dtype).eps
     fresh = torch.randn(block.shape, generator=generator, dtype=block.dtype, device=block.device)
     block = torch.where(noise, fresh, block)
-    return torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+    for _ in range(2):
+        block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+    return block
 
 
 def _top_ritz_vectors(y: Tensor, rank: int, watched: bool) -> tuple[Tensor, Tensor]:

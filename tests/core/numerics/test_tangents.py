@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from redline import ConfigurationError
 from redline.numerics import logit_tangent, tangent_spread
+from redline.numerics.tangents import METHODS
 
 CLASSES = 7
 
@@ -397,7 +398,8 @@ class TestHalfPrecision:
         model, x = model.to(dtype), x.to(dtype) if x.is_floating_point() else x
         direction = random_direction(model)
         taken = logit_tangent(model, (x,), {}, direction)
-        assert taken.method == CASES[name].method
+        # A processor without the fused kernel in half precision runs one that forward mode can follow.
+        assert METHODS.index(taken.method) <= METHODS.index(CASES[name].method)
         assert relative_error_of_r(taken.tangent, jacobian_times(model, (x,), direction)[1]) < 1e-2
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
