@@ -1,8 +1,7 @@
-"""Controllers: one a file; each decides on a step, and the session carries the decision out.
+"""Controllers: one a file; each decides on a step, and the session carries the decision out."""
 
-None is shipped yet. Write one by deriving from ``redline.Controller``; its docstring states the laws.
-"""
+from redline.controllers.non_finite_guard import NonFiniteGuard
+from redline.controllers.spike_guard import SpikeGuard
+from redline.controllers.step_clamp import StepClamp
 
-from redline.controller import Controller
-
-__all__ = ["Controller"]
+__all__ = ["NonFiniteGuard", "SpikeGuard", "StepClamp"]

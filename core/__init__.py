@@ -6,11 +6,13 @@
 from importlib.metadata import version as _version
 
 from redline import numerics
-from redline.controller import Controller, Intervention, Reject, Scale, Withhold
-from redline.errors import ConfigurationError, ControllerError, RedlineWarning, StepRejectedError
+from redline.controller import Controller, Keep, Reject, RollBack, Scale, Stop, Withhold
+from redline.controllers import NonFiniteGuard, SpikeGuard, StepClamp
+from redline.errors import ConfigurationError, ControllerError, RedlineWarning, RunStoppedError
 from redline.integrations.attach import attach
 from redline.integrations.console import ConsoleReport
 from redline.integrations.prometheus import PrometheusExporter
+from redline.interventions import Intervention
 from redline.metrics import METRICS, Metric
 from redline.monitor import Monitor, Need
 from redline.monitors import GhostRadius, StepHealth, UpdateSpectrum, WeightSpectrum, default_monitors
@@ -18,7 +20,7 @@ from redline.readings import Readings, RunInfo, Series, Snapshot
 from redline.report import StabilityReport
 from redline.session import Session
 from redline.sink import Sink
-from redline.step import Step
+from redline.step import Step, StepStart
 
 __version__ = _version("redline")
 
@@ -30,23 +32,30 @@ __all__ = [
     "ControllerError",
     "GhostRadius",
     "Intervention",
+    "Keep",
     "Metric",
     "Monitor",
     "Need",
+    "NonFiniteGuard",
     "PrometheusExporter",
     "Readings",
     "RedlineWarning",
     "Reject",
+    "RollBack",
     "RunInfo",
+    "RunStoppedError",
     "Scale",
     "Series",
     "Session",
     "Sink",
     "Snapshot",
+    "SpikeGuard",
     "StabilityReport",
     "Step",
+    "StepClamp",
     "StepHealth",
-    "StepRejectedError",
+    "StepStart",
+    "Stop",
     "UpdateSpectrum",
     "WeightSpectrum",
     "Withhold",

@@ -37,8 +37,8 @@ class ForwardCapture:
     """Watches the model's calls in training mode with gradients enabled.
 
     Where the model itself is never called (a LightningModule whose ``training_step`` calls ``self.net``), the one child
-    with trainable parameters that is called stands for it. Children are watched only then: a hook on a child would
-    split a compiled model's graph.
+    with trainable parameters that is called stands for it. Once the model itself is called its children are no longer
+    watched: a hook on a child would split a compiled model's graph.
 
     Attributes:
         armed: whether to keep the inputs of the next call.
@@ -51,20 +51,13 @@ class ForwardCapture:
         self._calls: dict[str, CapturedCall] = {}
         self._handles: list[RemovableHandle] = []
         self._root = unwrapped(model)
-        self._settled = module is not None  # on which modules to watch
+        self._of_children: list[RemovableHandle] = []
         if module is not None:
-            self._watch(module, _submodule(self._root, module))
-        elif _has_forward(self._root):
-            self._watch("", model)
-        else:
-            self._watch_children()
-
-    def settles(self) -> bool:
-        """Whether all is watched that may be called; if not, the children are from now on."""
-        if self._settled:
-            return True
-        self._watch_children()
-        return False
+            self._handles.append(self._watch(module, _submodule(self._root, module)))
+            return
+        if _has_forward(self._root):
+            self._handles.append(self._watch("", model))
+        self._of_children = [self._watch(name, child) for name, child in _callable_children(self._root)]
 
     def call(self) -> CapturedCall | None:
         """The last call, or None if there was none.
@@ -88,25 +81,23 @@ class ForwardCapture:
     def remove(self) -> None:
         """Take the hooks off."""
         self.forget()
-        for handle in self._handles:
+        for handle in (*self._handles, *self._of_children):
             handle.remove()
 
-    def _watch(self, name: str, target: nn.Module) -> None:
+    def _watch(self, name: str, target: nn.Module) -> RemovableHandle:
         # Ahead of the user's own hooks on the inputs: calling the module again runs those again.
         hook = ForwardHook(partial(self._on_call, name, unwrapped(target)))
-        self._handles.append(target.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
-
-    def _watch_children(self) -> None:
-        self._settled = True
-        for name, child in _callable_children(self._root):
-            self._watch(name, child)
+        return target.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
     def _on_call(
         self, name: str, module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         if not (module.training and torch.is_grad_enabled()) or _is_redirected(module):
             return
-        self._settled = True
+        if name == "" and self._of_children:
+            for handle in self._of_children:
+                handle.remove()
+            self._of_children = []
         self._before_forward()
         if self.armed:
             args, kwargs = tree_map(_copied, (args, dict(kwargs)))

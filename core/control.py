@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from redline import metrics
-from redline.controller import Controller, Decision, Intervention, Reject, Scale, Withhold
-from redline.errors import ConfigurationError, ControllerError, StepRejectedError
+from redline.controller import Controller, Keep, Reject, RollBack, Scale, Stop, Withhold
+from redline.errors import ConfigurationError, ControllerError, RunStoppedError
+from redline.interventions import Intervention, InterventionLog, action, is_on_host
 from redline.monitor import Need
 from redline.optimizers import OptimizerState, watch_only_reason
 from redline.readings import Readings
+from redline.run_snapshot import RunningStatistics, RunSnapshot
 from redline.step import Step
 from redline.transaction import StepTransaction
 
@@ -22,45 +26,93 @@ T = TypeVar("T")
 
 
 class Control:
-    """Decisions of one session's controllers, applied to its transaction and traced."""
+    """Decisions of one session's controllers, applied to its transaction and traced.
+
+    Attributes:
+        log: what they did.
+    """
 
     def __init__(
         self,
         controllers: Sequence[tuple[str, Controller]],
+        model: nn.Module,
         optimizers: Sequence[Optimizer],
+        schedulers: Sequence[Any],
+        read_tensors: Callable[[], Mapping[str, Tensor]],
         transaction: StepTransaction,
         readings: Readings,
     ) -> None:
         """Refuse at once what may only be watched.
 
+        Args:
+            controllers: with their names, in the order in which they are asked.
+            model: whose running statistics a withheld step must not touch.
+            optimizers: of the joint step.
+            schedulers: whose state comes back on a roll-back.
+            read_tensors: the live parameters that the optimizers move, and buffers, by name.
+            transaction: on which decisions are carried out.
+            readings: where they are counted.
+
         Raises:
-            ConfigurationError: there are controllers, and an optimizer that they must not touch.
+            ConfigurationError: there are controllers, and an optimizer or a run that they must not touch.
         """
-        self.interventions: list[Intervention] = []
+        self.log = InterventionLog(readings)
         self._controllers, self._optimizers = controllers, optimizers
         self._transaction, self._readings = transaction, readings
-        self._states: list[OptimizerState] = []
+        self._states: list[tuple[Optimizer, OptimizerState]] = []
         self._states_checked = False
+        self._statistics = RunningStatistics(model)
+        self._snapshots = {name: RunSnapshot(read_tensors, optimizers, schedulers) for name, _ in controllers}
         self._refuse_watch_only()
+        self._refuse_ranks()
         for name, _ in controllers:
-            for decision in (Scale, Withhold, Reject):
-                self._readings.count(metrics.INTERVENTIONS, 0, name, _action(decision))
+            for decision in (Scale, Withhold, Reject, RollBack, Stop):
+                readings.count(metrics.INTERVENTIONS, 0, name, action(decision))
+
+    # The step, in order ---------------------------------------------------------------------------------------------
+
+    def before_forward(self) -> None:
+        """Ahead of a step's first forward."""
+        if self._controllers:
+            self._statistics.keep()
 
     def open(self, step: Step) -> None:
-        """After backward, before the first update of the joint step: whether to withhold it."""
-        for name, controller in self._controllers:
-            withheld = self._ask(name, step, partial(_withheld, controller))
-            if withheld is not None:
-                step.withheld = True
-                self._trace(step, name, withheld)
-                return
+        """After backward, before the first update of the joint step: whether there is to be one.
+
+        All are asked, since guards learn from every step; a roll-back outranks withholding.
+        """
+        answers = [
+            (name, answer)
+            for name, controller in self._controllers
+            if (answer := self._ask(name, step, partial(_answer_before, controller))) is not None
+        ]
+        if (found := self.log.rejection) is not None:
+            self.log.rejection = None
+            raise RunStoppedError(_rejected(found))
+        for name, answer in answers:
+            if isinstance(answer, RollBack) and not self._snapshots[name].taken:
+                raise ConfigurationError(
+                    f"got a roll-back from {name}, which has kept no snapshot; expected Keep first."
+                )
+            if isinstance(answer, Keep):
+                self._snapshots[name].take(step.index, answer.memory, answer.in_checkpoints)
+                continue
+            step.withheld = True
+            self.log.add(step.index, name, answer)
+            if isinstance(answer, Stop):
+                raise RunStoppedError(f"{name} stopped the run at step {step.index}: {self.log.latest[-1].reason}")
+        back_to = next((self._snapshots[name] for name, answer in answers if isinstance(answer, RollBack)), None)
+        if back_to is not None:
+            back_to.restore()
+        elif step.withheld:
+            self._statistics.restore()
 
     def before_update(self, step: Step, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
         """Ahead of each optimizer's update: set its gradients aside, snapshot its state."""
         if step.withheld:
             self._transaction.withhold(parameters.values())
         if any(controller.snapshots_state for _, controller in self._controllers):
-            self._states.append(OptimizerState(optimizer))
+            self._states.append((optimizer, OptimizerState.of(optimizer)))
 
     def decide(self, step: Step) -> None:
         """After the update: single parameters first, then the whole of what is left; then commit it all at once."""
@@ -70,29 +122,32 @@ class Control:
         if self._controllers and not self._states_checked:
             self._refuse_watch_only()  # shadow weights show only once the state is there
             self._states_checked = True
-        scale, size, taken = 1.0, step.normalized_step_size, []
+        scale: float | Tensor = 1.0
+        size: float | Tensor | None = step.normalized_step_size
+        taken: list[tuple[str, Scale | Reject]] = []
         for name, controller in sorted(self._controllers, key=lambda pair: not pair[1].per_parameter):
-            decisions = self._ask(name, step, partial(_decisions, controller))
+            decisions = self._ask(name, step, partial(_answers_after, controller))
             # Asking may have measured r, of what the controllers before left of the step.
             size = size if step.normalized_step_size is None else step.normalized_step_size
-            for decision in decisions:
-                if isinstance(decision, Reject):
-                    self._reject(step, name, controller, decision)
+            for decision in self._known(decisions):
+                if isinstance(decision, Reject) and decision.when is True:
+                    self._reject(step, name, decision)
                     return
-                if decision.factor == 1:
-                    continue
                 taken.append((name, decision))
                 step.update_changed()
-                if decision.parameter is None:
-                    self._transaction.scale(decision.factor)
-                    scale *= decision.factor
-                    size = None if size is None else size * decision.factor
-                else:
-                    self._scale_one(name, decision.factor, decision.parameter)
+                # A rejection that only the device knows of is a scale of 0 until the host hears of it.
+                factor = (
+                    decision.factor if isinstance(decision, Scale) else 1.0 - torch.as_tensor(decision.when).float()
+                )
+                if isinstance(decision, Scale) and decision.parameter is not None:
+                    self._scale_one(name, factor, decision.parameter)
                     size = None  # r of what is left is known only if someone measures it
+                else:
+                    self._transaction.scale(factor)
+                    scale, size = scale * factor, None if size is None else _times(size, factor)
         self._transaction.commit()
         for name, decision in taken:
-            self._trace(step, name, decision)
+            self.log.add(step.index, name, decision)
             step.update_changed()  # and so did the weights
         if size is not None or taken:
             self._read_out(scale, size)
@@ -103,7 +158,32 @@ class Control:
         """The step has ended: its snapshots go."""
         self._states = []
 
-    def _scale_one(self, name: str, factor: float, parameter: str) -> None:
+    # State ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def snapshots(self) -> dict[str, RunSnapshot]:
+        """The snapshots there are, by controller."""
+        return {name: snapshot for name, snapshot in self._snapshots.items() if snapshot.taken}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The log, the snapshots that go with checkpoints, and the state of the controllers."""
+        return {
+            "log": self.log.state_dict(),
+            "snapshots": {name: snapshot.state_dict() for name, snapshot in self._snapshots.items()},
+            "controllers": {name: controller.state_dict() for name, controller in self._controllers},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken; controllers that were not there start fresh."""
+        self.log.load_state_dict(state["log"])
+        for name, controller in self._controllers:
+            if name in state["controllers"]:
+                self._snapshots[name].load_state_dict(state["snapshots"][name])
+                controller.load_state_dict(state["controllers"][name])
+
+    # Carrying out ---------------------------------------------------------------------------------------------------
+
+    def _scale_one(self, name: str, factor: float | Tensor, parameter: str) -> None:
         if parameter not in self._transaction.parameters:
             raise ConfigurationError(
                 f"got a scale for {parameter!r} from {name}, which the step did not move; expected the name of a "
@@ -111,22 +191,37 @@ class Control:
             )
         self._transaction.scale(factor, [parameter])
 
-    def _reject(self, step: Step, name: str, controller: Controller, decision: Reject) -> None:
-        self._transaction.scale(0)
+    def _known(self, decisions: Iterable[Scale | Reject]) -> Iterator[Scale | Reject]:
+        """The decisions that come to anything, with what the host knows of them read.
+
+        Whether to reject is waited for where the optimizer's state can still be taken back.
+        """
+        for decision in decisions:
+            if isinstance(decision, Reject):
+                when = decision.when
+                if isinstance(when, Tensor) and (is_on_host(when) or self._states):
+                    when = bool(when)
+                if when is not False:
+                    yield replace(decision, when=when)
+            else:
+                factor = decision.factor
+                if isinstance(factor, Tensor) and is_on_host(factor):
+                    factor = float(factor)
+                if isinstance(factor, Tensor) or factor != 1:
+                    yield replace(decision, factor=factor)
+
+    def _reject(self, step: Step, name: str, decision: Reject) -> None:
+        self._transaction.scale(0.0)
         self._transaction.commit()
         step.update_changed()
-        self._trace(step, name, decision)
+        self.log.add(step.index, name, decision)
         self._read_out(0.0, 0.0)
-        if not controller.snapshots_state:
-            raise StepRejectedError(
-                f"{name} rejected step {step.index}: {decision.reason} The parameters are as they were before it; "
-                "the optimizer's moments are not, so the run is stopped. Go on from a checkpoint, or use a controller "
-                "that keeps a snapshot of the optimizer's state."
-            )
-        for state in self._states:
-            state.restore()
+        if not self._states:
+            raise RunStoppedError(_rejected(self.log.latest[-1]))
+        for optimizer, state in self._states:
+            state.restore(optimizer)
 
-    def _read_out(self, scale: float, size: Tensor | float | None) -> None:
+    def _read_out(self, scale: float | Tensor, size: Tensor | float | None) -> None:
         self._readings.gauge(metrics.STEP_SCALE, scale)
         if size is None:
             self._readings.absent(metrics.COMMITTED_STEP_SIZE)
@@ -144,10 +239,7 @@ class Control:
                 "optimizer left them."
             ) from error
 
-    def _trace(self, step: Step, name: str, decision: Decision) -> None:
-        action = _action(type(decision))
-        self.interventions.append(Intervention(step.index, name, action, decision.reason, dict(decision.saw)))
-        self._readings.count(metrics.INTERVENTIONS, 1, name, action)
+    # Refusals -------------------------------------------------------------------------------------------------------
 
     def _refuse_watch_only(self) -> None:
         for optimizer in self._optimizers if self._controllers else ():
@@ -157,12 +249,31 @@ class Control:
                     "controllers out."
                 )
 
+    def _refuse_ranks(self) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self._controllers and distributed and (ranks := torch.distributed.get_world_size()) > 1:
+            raise ConfigurationError(
+                f"got controllers in a run of {ranks} ranks; expected one: each rank would decide by its own batch, "
+                "and the ranks' parameters would part. Leave controllers out; monitoring such a run is fine."
+            )
 
-def _action(decision: type[Decision]) -> str:
-    return decision.__name__.lower()
+
+def _times(size: float | Tensor, factor: float | Tensor) -> float | Tensor:
+    """0 where the factor is 0, also of a size that is not finite."""
+    if isinstance(factor, Tensor):
+        return torch.where(factor == 0, 0.0, size * factor)
+    return size * factor if factor else 0.0
 
 
-def _decisions(controller: Controller, step: Step) -> list[Scale | Reject]:
+def _rejected(one: Intervention) -> str:
+    return (
+        f"{one.controller} rejected step {one.step}: {one.reason} The parameters are as they were before it; the "
+        "optimizer's moments are not, so the run is stopped. Go on from a checkpoint, or use a controller that keeps a "
+        "snapshot of the optimizer's state."
+    )
+
+
+def _answers_after(controller: Controller, step: Step) -> list[Scale | Reject]:
     decisions = list(controller.inspect(step))  # a generator runs, and fails, here
     for decision in decisions:
         if not isinstance(decision, (Scale, Reject)):
@@ -174,8 +285,8 @@ def _decisions(controller: Controller, step: Step) -> list[Scale | Reject]:
     return decisions
 
 
-def _withheld(controller: Controller, step: Step) -> Withhold | None:
+def _answer_before(controller: Controller, step: Step) -> Withhold | RollBack | Stop | Keep | None:
     decision = controller.before_update(step)
-    if decision is not None and not isinstance(decision, Withhold):
-        raise TypeError(f"got {decision!r} from before_update; expected redline.Withhold or None")
+    if decision is not None and not isinstance(decision, (Withhold, RollBack, Stop, Keep)):
+        raise TypeError(f"got {decision!r} from before_update; expected redline.Withhold, RollBack, Stop, Keep or None")
     return decision

@@ -5,8 +5,8 @@ class ConfigurationError(ValueError):
     """Redline was set up in a way that cannot work: says what was got, what was expected and what to do."""
 
 
-class StepRejectedError(RuntimeError):
-    """A controller rejected a step whose optimizer state could not be taken back, so the run was stopped."""
+class RunStoppedError(RuntimeError):
+    """A controller stopped the run: to go on would have been worse. The parameters are as they were before the step."""
 
 
 class ControllerError(RuntimeError):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from redline.errors import ConfigurationError
 
@@ -127,37 +129,74 @@ def joint_norm(norms: Iterable[Tensor]) -> Tensor | None:
     return parts[0] if len(parts) == 1 else torch.nn.utils.get_total_norm(parts) if parts else None
 
 
+def overflow(optimizer: Optimizer) -> Tensor | None:
+    """Whether a GradScaler found this step's gradients to have overflowed, 0-d, where the optimizer skips it itself.
+
+    Fused optimizers do; of others the scaler does not call ``step``.
+    """
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found
+
+
+@dataclass
 class OptimizerState:
-    """A snapshot of an optimizer's state and group settings, to be put back after a rejected step."""
+    """A snapshot of an optimizer's state and group settings, to be put back.
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._state = {p: {k: _copy(v) for k, v in state.items()} for p, state in optimizer.state.items()}
-        self._groups = [
-            {key: _copy(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
-        ]
+    Attributes:
+        state: by the parameter's place in the groups, counted through; entries under other keys by their own key.
+        groups: settings of each group, but for the parameters.
+    """
 
-    def restore(self) -> None:
-        """Put it back: tensors in place where they are still there, entries the step created removed."""
-        state = self._optimizer.state
-        for parameter in [p for p in state if p not in self._state]:
-            del state[parameter]
-        for parameter, kept in self._state.items():
-            _restore(state[parameter], kept)
-        for group, kept_group in zip(self._optimizer.param_groups, self._groups, strict=True):
-            _restore(group, kept_group, spare=("params",))
+    state: dict[Any, Any]
+    groups: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, copied: Callable[[Any], Any] | None = None) -> OptimizerState:
+        """Take a snapshot; ``copied`` makes a copy of a tensor or of anything else."""
+        copied = copied or copy_of
+        places = {parameter: place for place, parameter in enumerate(_parameters(optimizer))}
+        return cls(
+            {places.get(key, key): tree_map(copied, value) for key, value in optimizer.state.items()},
+            [{k: copied(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        )
+
+    def restore(self, optimizer: Optimizer, *, groups: bool = True) -> None:
+        """Put it back: tensors in place where they are still there, entries created since removed.
+
+        Args:
+            optimizer: the one it was taken of.
+            groups: whether the group settings come back too.
+        """
+        parameters = _parameters(optimizer)
+        kept = {parameters[key] if isinstance(key, int) else key: value for key, value in self.state.items()}
+        for key in [key for key in optimizer.state if key not in kept]:
+            del optimizer.state[key]
+        for key, value in kept.items():
+            if isinstance(value, dict):
+                _restore(optimizer.state[key], value, key)
+            else:
+                optimizer.state[key] = copy_of(value)
+        for group, settings in zip(optimizer.param_groups, self.groups, strict=False) if groups else ():
+            _restore(group, settings, None, spare=("params",))
 
 
-def _restore(current: dict[Any, Any], kept: dict[Any, Any], spare: tuple[str, ...] = ()) -> None:
+def copy_of(value: Any) -> Any:
+    """A copy of a tensor, where it is, or of anything else."""
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _restore(current: dict[Any, Any], kept: dict[Any, Any], owner: Any, spare: tuple[str, ...] = ()) -> None:
     for key in [key for key in current if key not in kept and key not in spare]:
         del current[key]
     for key, value in kept.items():
         present = current.get(key)
         if isinstance(value, Tensor) and isinstance(present, Tensor) and present.shape == value.shape:
             present.copy_(value)
+        elif isinstance(value, Tensor) and isinstance(owner, Tensor) and value.dim():
+            current[key] = value.to(owner.device, copy=True)
         else:
-            current[key] = value
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+            current[key] = copy_of(value)  # the snapshot may be put back again

@@ -163,7 +163,7 @@ class Readings:
         entries = sorted([*self._tracked, *self._latest.values()], key=lambda entry: entry.step)
         tensors = [entry.value for entry in entries if isinstance(entry.value, Tensor)]
         tensors += [entry.valid for entry in entries if entry.valid is not None]
-        numbers = _to_host([*tensors, *self._device_counts.values()])
+        numbers = to_host([*tensors, *self._device_counts.values()])
 
         values = [next(numbers) if isinstance(e.value, Tensor) else [e.value] * len(e.series) for e in entries]
         valids = [next(numbers) if e.valid is not None else [1.0] * len(e.series) for e in entries]
@@ -208,7 +208,7 @@ class Readings:
             self._latest[metric.name, series] = entry
 
 
-def _to_host(tensors: Sequence[Tensor]) -> Iterator[list[float]]:
+def to_host(tensors: Sequence[Tensor]) -> Iterator[list[float]]:
     """All tensors as lists of floats, in order, with one device-to-host copy a device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from redline import metrics
-from redline.controller import Intervention
 from redline.history import STEP_SIZE_EDGES, RunHistory
+from redline.interventions import Tally
 from redline.numerics.tangents import FORWARD_MODE
 from redline.readings import RunInfo, Snapshot
+from redline.run_snapshot import RunSnapshot
 
 NEAR = 0.5
 """From this r on a step is called near the redline: half of what the bound allows; an edge of the histogram."""
@@ -57,6 +58,22 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
+class KeptSnapshot:
+    """A copy of the run that a controller holds to go back to: of which step, how large and where it is."""
+
+    controller: str
+    step: int
+    bytes: int
+    memory: str
+    in_checkpoints: bool
+
+    @classmethod
+    def of(cls, controller: str, snapshot: RunSnapshot) -> KeptSnapshot:
+        """Describe one."""
+        return cls(controller, snapshot.step, snapshot.bytes, snapshot.memory, snapshot.in_checkpoints)
+
+
+@dataclass(frozen=True)
 class Verdict:
     """One finding: how bad it is, what was seen and what to do about it."""
 
@@ -77,7 +94,8 @@ class StabilityReport:
         step_sizes: the distribution of r, or None if it was never measured.
         layers: every matrix, the hardest pushed first.
         nonfinite: source to count.
-        interventions: ``(controller, action, count)``.
+        interventions: what the controllers did, one entry a controller and action.
+        snapshots: what they hold to go back to.
         notes: what could not be measured, in words.
         verdicts: worst first.
     """
@@ -91,7 +109,8 @@ class StabilityReport:
     step_sizes: StepSizes | None
     layers: tuple[LayerSummary, ...]
     nonfinite: dict[str, int]
-    interventions: tuple[tuple[str, str, int], ...]
+    interventions: tuple[Tally, ...]
+    snapshots: tuple[KeptSnapshot, ...]
     notes: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
 
@@ -100,7 +119,8 @@ class StabilityReport:
         cls,
         snapshot: Snapshot,
         history: RunHistory,
-        interventions: Sequence[Intervention],
+        interventions: Sequence[Tally],
+        snapshots: Sequence[KeptSnapshot],
         notes: tuple[str, ...],
         seconds: float,
     ) -> StabilityReport:
@@ -110,7 +130,6 @@ class StabilityReport:
         nonfinite = {labels[0]: int(count) for labels, count in snapshot.series(metrics.NONFINITE.name).items()}
         layers = _layers(snapshot, history)
         steps = int(snapshot.value(metrics.STEPS.name))
-        pairs = [(one.controller, one.action) for one in interventions]
         overhead = snapshot.series(metrics.OVERHEAD_RATIO.name).get(())
         return cls(
             run=snapshot.run,
@@ -122,9 +141,10 @@ class StabilityReport:
             step_sizes=sizes,
             layers=layers,
             nonfinite=nonfinite,
-            interventions=tuple((*pair, pairs.count(pair)) for pair in dict.fromkeys(pairs)),
+            interventions=tuple(interventions),
+            snapshots=tuple(snapshots),
             notes=notes,
-            verdicts=_verdicts(sizes, nonfinite, steps),
+            verdicts=_verdicts(sizes, nonfinite, steps, interventions),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,8 +206,11 @@ def hardness(update: float | None) -> float:
     return -1.0 if update is None else math.inf if math.isnan(update) else update
 
 
-def _verdicts(sizes: StepSizes | None, nonfinite: dict[str, int], steps: int) -> tuple[Verdict, ...]:
+def _verdicts(
+    sizes: StepSizes | None, nonfinite: dict[str, int], steps: int, interventions: Sequence[Tally]
+) -> tuple[Verdict, ...]:
     found: list[Verdict] = []
+    scaled = max((one.count for one in interventions if one.action == "scale"), default=0)
     if broken := {source: count for source, count in nonfinite.items() if count}:
         sources = ", ".join(f"{source} {count} times" for source, count in broken.items())
         found.append(
@@ -205,6 +228,15 @@ def _verdicts(sizes: StepSizes | None, nonfinite: dict[str, int], steps: int) ->
         found.append(Verdict("watch", "No optimizer step was taken."))
     elif sizes is None:
         found.append(Verdict("watch", "The step size r was not measured, so nothing is said of the redline."))
+    elif sizes.over and scaled:
+        found.append(
+            Verdict(
+                "watch",
+                f"Over the redline, and held: {sizes.over} of {sizes.measured} measured steps were proposed with "
+                f"r >= 1, the longest r = {sizes.highest:.3g} at step {sizes.highest_step}; controllers shortened "
+                f"{scaled} of all steps. If that goes on, lower the rate or lengthen the warm-up.",
+            )
+        )
     elif sizes.over:
         found.append(
             Verdict(

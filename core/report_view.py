@@ -7,6 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from redline.interventions import Tally
 from redline.report import LayerSummary, StabilityReport, StepSizes
 
 _STYLES = {"good": "green", "watch": "yellow", "bad": "bold red"}
@@ -27,8 +28,7 @@ def report_view(report: StabilityReport) -> RenderableType:
     if report.layers:
         parts += [Text(), _worst_layers(report.layers)]
     if report.interventions:
-        parts += [Text(), Text("What the controllers did", style="bold")]
-        parts += [Text(f"  {name}: {action} at {count} steps") for name, action, count in report.interventions]
+        parts += [Text(), _interventions(report.interventions)]
     if report.notes:
         parts += [Text(), Text("Not measured, and why", style="bold"), *(Text(f"  · {note}") for note in report.notes)]
     return Panel(
@@ -61,6 +61,13 @@ def _facts(report: StabilityReport) -> Table:
     if report.last_loss is not None:
         table.add_row("loss", f"{number(report.first_loss)} → {number(report.last_loss)}")
     table.add_row("not finite", ", ".join(f"{source} {count}" for source, count in report.nonfinite.items()))
+    for kept in report.snapshots:
+        carried = "checkpoints carry it" if kept.in_checkpoints else "checkpoints leave it out"
+        table.add_row(
+            "kept",
+            f"{kept.controller}: a copy of the run at step {kept.step}, {kept.bytes / 2**20:.3g} MiB in "
+            f"{kept.memory} memory; {carried}",
+        )
     if report.overhead_ratio is not None:
         table.add_row("overhead", f"{report.overhead_ratio:.1%} of training time was spent in Redline")
     return table
@@ -85,6 +92,26 @@ def _distribution(sizes: StepSizes) -> RenderableType:
         bar = "█" * max(round(count / tallest * _BAR), 1 if count else 0)
         table.add_row(name, Text(bar, style=step_size_style(low if low else 0.0)), str(count) if count else "")
     return Group(heading, table)
+
+
+def _interventions(tallies: tuple[Tally, ...]) -> Table:
+    table = Table(
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title="What the controllers did",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("controller", style="cyan", no_wrap=True)
+    table.add_column("action", no_wrap=True)
+    table.add_column("times", justify="right")
+    table.add_column("at steps", justify="right", no_wrap=True)
+    table.add_column("in its words, the last time")
+    for one in tallies:
+        steps = str(one.first_step) if one.count == 1 else f"{one.first_step} – {one.last_step}"
+        table.add_row(Text(one.controller), one.action, str(one.count), steps, Text(one.last_reason))
+    return table
 
 
 def _worst_layers(layers: tuple[LayerSummary, ...]) -> Table:

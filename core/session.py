@@ -16,17 +16,19 @@ from torch.optim import Optimizer
 from redline import metrics
 from redline.capture import ForwardCapture, unwrapped
 from redline.control import Control
-from redline.controller import Controller, Intervention
+from redline.controller import Controller
 from redline.errors import ConfigurationError
 from redline.history import RunHistory
 from redline.hooks import OptimizerHooks
+from redline.interventions import Intervention
+from redline.loss_kind import refuse_other_losses
 from redline.monitor import Monitor, Need
 from redline.notes import Notes
-from redline.optimizers import gradient_norm, joint_norm, numbered, optimizer_labels, refuse_in_backward
+from redline.optimizers import gradient_norm, joint_norm, numbered, optimizer_labels, overflow, refuse_in_backward
 from redline.own_time import OwnTime
 from redline.parameters import ParameterNames, matrix_layers
 from redline.readings import Readings, RunInfo, Snapshot
-from redline.report import StabilityReport
+from redline.report import KeptSnapshot, StabilityReport
 from redline.sink import Sink
 from redline.spectrum_tracker import SpectrumTracker
 from redline.step import Step
@@ -43,11 +45,12 @@ class Session:
     The training loop, and what happens in it::
 
         output = model(x)                  before_forward: a joint step still open is concluded as it stands;
-                                           the inputs are kept, if the next step's tangent is due
+                                           the inputs are kept, if the next step's tangent is due,
+                                           and running statistics, if there are controllers
         loss.backward()
         optimizer.step()
-            before_update                  theta_before is copied, if someone needs the update;
-                                           controllers may withhold the gradients
+            before_update                  controllers may withhold the gradients, or roll the run back;
+                                           theta_before is copied, if someone needs the update
             (the optimizer's own update)
             after_update                   when each optimizer has stepped, the step is concluded:
                 _measure                       monitors read the step as proposed
@@ -64,6 +67,7 @@ class Session:
         monitors: Sequence[Monitor],
         controllers: Sequence[Controller],
         sinks: Sequence[Sink],
+        schedulers: Sequence[Any],
         logits: Callable[[Any], Any] | None,
         batch_dim: int,
         module: str | None,
@@ -91,7 +95,15 @@ class Session:
         self._readings = Readings(self._history.record)
         self._weight_spectra = SpectrumTracker(_SEED)
         self._transaction = StepTransaction()
-        self._control = Control(self._controllers, self._optimizers, self._transaction, self._readings)
+        self._control = Control(
+            self._controllers,
+            self._model,
+            self._optimizers,
+            schedulers,
+            self._live_tensors,
+            self._transaction,
+            self._readings,
+        )
         self._time = OwnTime()
         self._closed = False
         for name, _ in self._monitors:
@@ -101,6 +113,7 @@ class Session:
         self._step: Step | None = None
         self._due: list[tuple[str, Monitor]] = []
         self._needs = Need.NOTHING
+        self._forward_seen = False  # since the last step
         self._updating: Optimizer | None = None
         self._stepped: list[Optimizer] = []
         self._gradient_norms: dict[Optimizer, Tensor] = {}
@@ -121,7 +134,13 @@ class Session:
 
         Args:
             loss: 0-d tensor on any device, or a float. It is not waited for.
+
+        Raises:
+            ConfigurationError: it is not one number, or a controller holds the step inside cross-entropy's radius and
+                this is another kind of loss.
         """
+        if self._index == 0 and self._loss is None and any(Need.TANGENT in one.needs for _, one in self._controllers):
+            refuse_other_losses(loss)
         # A copy: the loop may go on to divide the loss in place.
         loss = loss.detach().clone() if isinstance(loss, Tensor) else torch.tensor(float(loss))
         if loss.numel() != 1:
@@ -140,8 +159,9 @@ class Session:
 
     @property
     def interventions(self) -> tuple[Intervention, ...]:
-        """What the controllers did, oldest first."""
-        return tuple(self._control.interventions)
+        """What the controllers did, oldest first; of very many, the last 10,000."""
+        self._control.log.read()
+        return tuple(self._control.log.latest)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -150,7 +170,14 @@ class Session:
 
     def report(self) -> StabilityReport:
         """The stability report so far; print it with ``rich.print``, or take ``.to_dict()``."""
-        return StabilityReport.of(self.latest, self._history, self.interventions, self.notes, self._time.seconds)
+        return StabilityReport.of(
+            self.latest,
+            self._history,
+            self._control.log.tallies,
+            [KeptSnapshot.of(name, snapshot) for name, snapshot in self._control.snapshots.items()],
+            self.notes,
+            self._time.seconds,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: step count, counters, history, and the state of monitors and controllers."""
@@ -160,11 +187,10 @@ class Session:
             "index": self._index,
             "readings": self._readings.state_dict(),
             "history": self._history.state_dict(),
-            "interventions": [{**vars(intervention)} for intervention in self.interventions],
+            "control": self._control.state_dict(),
             "weight_spectra": self._weight_spectra.state_dict(),
             "probe": self._probe.state_dict(),
             "monitors": {name: monitor.state_dict() for name, monitor in self._monitors},
-            "controllers": {name: controller.state_dict() for name, controller in self._controllers},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -181,13 +207,12 @@ class Session:
         self._index = state["index"]
         self._readings.load_state_dict(state["readings"])
         self._history.load_state_dict(state["history"])
-        self._control.interventions = [Intervention(**entry) for entry in state["interventions"]]
+        self._control.load_state_dict(state["control"])
         self._weight_spectra.load_state_dict(state["weight_spectra"])
         self._probe.load_state_dict(state["probe"])
-        for kind, plugins in (("monitors", self._monitors), ("controllers", self._controllers)):
-            for name, plugin in plugins:
-                if name in state[kind]:
-                    plugin.load_state_dict(state[kind][name])
+        for name, monitor in self._monitors:
+            if name in state["monitors"]:
+                monitor.load_state_dict(state["monitors"][name])
         self._snapshot = self._readings.fetch(self._run)
         self._arm()
 
@@ -225,6 +250,10 @@ class Session:
         if self._stepped and self._updating is None:  # within an update it is a closure that is called again
             with self._at_work():
                 self._conclude()
+        if not self._forward_seen and self._updating is None:
+            self._forward_seen = True
+            with self._at_work():
+                self._control.before_forward()
 
     def before_update(self, optimizer: Optimizer) -> None:
         """After backward, before this optimizer's update."""
@@ -238,6 +267,7 @@ class Session:
                 if self._step is None:
                     step = self._begin()
                     self._measure_gradients(step, self._optimizers)
+                    step.loss, step.overflow = self._loss, overflow(optimizer)
                     self._control.open(step)
                 else:
                     step = self._step
@@ -276,6 +306,7 @@ class Session:
             self._layers,
             lambda: dict(self._model.named_parameters()),
             self._transaction.update,
+            self._control.log.read,
             self._take_tangent,
             lambda tolerance: self._weight_spectra.measure(
                 self._layers, dict(self._model.named_parameters()), tolerance
@@ -328,7 +359,7 @@ class Session:
 
     def _publish(self, index: int) -> None:
         due = [(name, sink) for name, sink in self._sinks if self._is_due(name, sink, index)]
-        if due or self._readings.overflowing:
+        if due or self._readings.overflowing or self._control.log.overflowing:
             self._fetch()
         for name, sink in due:
             self._tell(name, sink, partial(sink.emit, self._snapshot))
@@ -337,7 +368,7 @@ class Session:
         """Let go of everything that belongs to one step."""
         self._transaction.close()
         self._step, self._due, self._updating = None, [], None
-        self._stepped = []
+        self._stepped, self._forward_seen = [], False
         self._control.forget()
 
     # Services -------------------------------------------------------------------------------------------------------
@@ -355,6 +386,11 @@ class Session:
             self._notes.add(f"{name} is not due: its schedule failed with {type(error).__name__}: {error}")
             return False
 
+    def _live_tensors(self) -> dict[str, Tensor]:
+        """What training changes: the parameters that the optimizers move, and the buffers, by name."""
+        moved = {name: p for optimizer in self._optimizers for name, p in self._names.of(optimizer).items()}
+        return {**moved, **dict(self._model.named_buffers())}
+
     def _take_tangent(self, update: Mapping[str, Tensor], max_samples: int | None) -> Any:
         taken = self._probe.measure(self._transaction.parameters, self._transaction.before, update, max_samples)
         if taken is not None and taken.method in metrics.TANGENT_FALLBACKS.label_values:
@@ -371,6 +407,7 @@ class Session:
     def _fetch(self) -> None:
         if self._index >= _SETTLED:
             self._readings.gauge(metrics.OVERHEAD_RATIO, self._time.ratio)
+        self._control.log.read()  # ahead of the readings, which count what it tells
         self._snapshot = self._readings.fetch(self._run)
         self._unfetched = False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,20 @@ class Update:
     norm: Tensor
 
 
+class StepStart(NamedTuple):
+    """What controllers know on the host before the update.
+
+    Attributes:
+        loss: as it was observed, or None.
+        gradient_norm: of all optimizers' gradients, or None where no one needed it.
+        overflow: whether a GradScaler found the gradients to have overflowed and the optimizer skips the step itself.
+    """
+
+    loss: float | None
+    gradient_norm: float | None
+    overflow: bool
+
+
 class Step:
     """What there is to know of a step while its transaction is open. Everything is measured at most once.
 
@@ -35,6 +49,7 @@ class Step:
         loss: as it was observed, 0-d, or None.
         gradient_norm: L2 norm of all optimizers' gradients, 0-d; None where no one needed it. Before the update,
             gradients that AMP unscales only at a later optimizer's own step still carry the loss scale.
+        overflow: 0-d, not 0 where a GradScaler has a fused optimizer skip this step; None without one.
         groups: ``(optimizer label, group label, group)`` of every parameter group.
         layers: the model's matrices.
         withheld: whether a controller set the gradients aside: there is no update then.
@@ -47,18 +62,33 @@ class Step:
         layers: Sequence[MatrixLayer],
         read_weights: Callable[[], Mapping[str, Tensor]],
         read_update: Callable[[], dict[str, Tensor]],
+        to_host: Callable[[Sequence[Tensor]], list[float]],
         take_tangent: Callable[[Mapping[str, Tensor], int | None], StepTangent | None],
         measure_weights: Callable[[float], SpectralEstimate],
     ) -> None:
         self.index, self.groups, self.layers = index, groups, layers
         self.loss: Tensor | None = None
         self.gradient_norm: Tensor | None = None
+        self.overflow: Tensor | None = None
         self.withheld = False
-        self._read_weights, self._read_update = read_weights, read_update
+        self._read_weights, self._read_update, self._to_host = read_weights, read_update, to_host
+        self._start: StepStart | None = None
         self._take_tangent, self._measure_weights = take_tangent, measure_weights
         self._update: Update | None = None
         self._tangents: dict[int | None, StepTangent | None] = {}
         self._spectra: tuple[float, SpectralEstimate] | None = None
+
+    @property
+    def start(self) -> StepStart:
+        """Loss, gradient norm and overflow on the host: all in one copy, the one wait of a step, before the update."""
+        if self._start is None:
+            asked = {"loss": self.loss, "gradient_norm": self.gradient_norm, "overflow": self.overflow}
+            given = {name: tensor for name, tensor in asked.items() if tensor is not None}
+            numbers = dict(zip(given, self._to_host(list(given.values())), strict=True))
+            self._start = StepStart(
+                numbers.get("loss"), numbers.get("gradient_norm"), bool(numbers.get("overflow", 0.0))
+            )
+        return self._start
 
     @property
     def weights(self) -> Mapping[str, Tensor]:

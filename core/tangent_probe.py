@@ -16,7 +16,7 @@ from redline.capture import CapturedCall, ForwardCapture
 from redline.errors import ConfigurationError
 from redline.hooks import hooks_silenced
 from redline.notes import Notes
-from redline.numerics.radii import tangent_spread
+from redline.numerics.radii import normalized_step_size
 from redline.numerics.tangents import FINITE_DIFFERENCE, METHODS, LogitTangent, logit_tangent
 
 # The finite difference is good to about 1 %, half precision to a few; a method that drops a term is off by far more.
@@ -45,11 +45,8 @@ class StepTangent:
 
     @property
     def normalized_step_size(self) -> Tensor:
-        """``r = max_x spread_k(J_z(x) p) / pi``, 0-d; over a sub-sample an estimate from below."""
-        spread = tangent_spread(self.tangent)
-        if self.mask is not None:
-            spread = torch.where(self.mask, spread, 0.0)
-        return spread.amax() / math.pi
+        """``r`` over all positions that count, 0-d; over a sub-sample an estimate from below."""
+        return normalized_step_size(self.tangent, self.mask)
 
 
 class TangentProbe:
@@ -90,8 +87,6 @@ class TangentProbe:
         """
         call = self._capture.call()
         if call is None:
-            if not self._capture.settles():
-                return None  # the children are watched from now on: the next time will tell
             self._notes.add(
                 "The ghost radius is not measured: the model was not called in training mode with gradients enabled "
                 "since the last step, so there are no inputs. If the logits come from a submodule, pass module=."

@@ -23,7 +23,7 @@ class StepTransaction:
     def __init__(self) -> None:
         self.parameters: dict[str, Tensor] = {}
         self.before: dict[str, Tensor] = {}
-        self._factors: dict[str, float] = {}
+        self._factors: dict[str, float | Tensor] = {}
         self._withheld: dict[Tensor, Tensor] = {}
 
     def save(self, parameters: Mapping[str, Tensor]) -> None:
@@ -37,8 +37,11 @@ class StepTransaction:
         """``p``, by name: what the optimizer did, times what was decided so far; float32 for half precision."""
         return {name: self._scaled_update(name) for name in self.parameters}
 
-    def scale(self, factor: float, names: Iterable[str] | None = None) -> None:
-        """Decide to commit ``factor`` times what is left of the update of all parameters, or of the named ones."""
+    def scale(self, factor: float | Tensor, names: Iterable[str] | None = None) -> None:
+        """Decide to commit ``factor`` times what is left of the update of all parameters, or of the named ones.
+
+        A 0-d tensor is never waited for.
+        """
         for name in self.parameters if names is None else names:
             self._factors[name] = factor * self._factors.get(name, 1.0)
 
@@ -49,7 +52,12 @@ class StepTransaction:
         """
         for name, factor in self._factors.items():
             parameter, before = self.parameters[name].detach(), self.before[name]
-            if factor == 0:
+            if isinstance(factor, Tensor):
+                factor = factor.to(parameter.device, non_blocking=True)
+                moved = (_wide(before) + self._scaled_update(name)).to(parameter.dtype)
+                moved = torch.where(factor == 0, before, moved)
+                parameter.copy_(torch.where(factor == 1, parameter, moved))
+            elif factor == 0:
                 parameter.copy_(before)
             elif factor != 1:
                 parameter.copy_(_wide(before) + self._scaled_update(name))
@@ -58,9 +66,12 @@ class StepTransaction:
     def _scaled_update(self, name: str) -> Tensor:
         factor = self._factors.get(name, 1.0)
         before = _wide(self.before[name])
+        update = _wide(self.parameters[name].detach()) - before
+        if isinstance(factor, Tensor):
+            factor = factor.to(update.device, non_blocking=True)
+            return torch.where(factor == 0, 0.0, factor.to(update.dtype) * update)
         if factor == 0:
             return torch.zeros_like(before)  # also of an update that is not finite
-        update = _wide(self.parameters[name].detach()) - before
         return update if factor == 1 else factor * update
 
     def withhold(self, parameters: Iterable[Tensor]) -> None:

@@ -29,6 +29,7 @@ def attach(
     monitors: Sequence[Monitor] | None = None,
     controllers: Sequence[Controller] = (),
     sinks: Sequence[Sink] = (),
+    schedulers: Sequence[Any] = (),
     logits: Callable[[Any], Any] | None = None,
     batch_dim: int = 0,
     module: str | None = None,
@@ -42,6 +43,8 @@ def attach(
         monitors: what to measure; by default ``redline.monitors.default_monitors()``.
         controllers: what may change a step; none by default.
         sinks: where readings go.
+        schedulers: learning-rate schedulers of the run, or anything else with ``state_dict`` and ``load_state_dict``:
+            what is to come back with the optimizer when a controller rolls the run back.
         logits: callable ``output -> (..., classes)`` or ``output -> (logits, mask of positions that count)``; by
             default the output, its ``.logits`` or its ``["logits"]``.
         batch_dim: dimension of the inputs that counts the samples.
@@ -65,6 +68,7 @@ def attach(
         monitors=default_monitors() if monitors is None else monitors,
         controllers=controllers,
         sinks=sinks,
+        schedulers=schedulers,
         logits=logits,
         batch_dim=batch_dim,
         module=module,

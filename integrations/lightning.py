@@ -86,6 +86,7 @@ class RedlineCallback(Callback):
             pl_module,
             raw_optimizers(trainer.optimizers),
             sinks=[*self._sinks, *loggers],
+            schedulers=[config.scheduler for config in trainer.lr_scheduler_configs],
             run=describe_run(
                 pl_module,
                 self._run,

@@ -12,10 +12,12 @@ SHORT = {
     "plain_loop.py": ["--steps", "20", "--port", "0"],
     "lightning_digits.py": ["--steps", "20"],
     "custom_sink.py": [],
+    "lr_spike.py": ["--quick"],
 }
 SAYS = {
     "plain_loop.py": "The longest step had r = ",
     "lightning_digits.py": "Test accuracy ",
+    "lr_spike.py": "x1,000, held to the end",
     "custom_sink.py": "step,loss,normalized_step_size\n0,",
 }
 

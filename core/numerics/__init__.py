@@ -1,6 +1,6 @@
 """Pure tensor functions: spectra, tangents, radii. No state but what is passed in and returned."""
 
-from redline.numerics.radii import binary_ghost_radius, ghost_radius, tangent_spread
+from redline.numerics.radii import binary_ghost_radius, ghost_radius, normalized_step_size, tangent_spread
 from redline.numerics.spectra import SpectralEstimate, SpectralState, top_singular_values
 from redline.numerics.tangents import LogitTangent, logit_tangent
 
@@ -11,6 +11,7 @@ __all__ = [
     "binary_ghost_radius",
     "ghost_radius",
     "logit_tangent",
+    "normalized_step_size",
     "tangent_spread",
     "top_singular_values",
 ]

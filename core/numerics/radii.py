@@ -44,6 +44,32 @@ def ghost_radius(tangent: Tensor) -> Tensor:
     return math.pi / tangent_spread(tangent)
 
 
+def normalized_step_size(tangent: Tensor, mask: Tensor | None = None, quantile: float = 1.0) -> Tensor:
+    """Normalized step size ``r = max_x spread_k(J_z(x) p) / pi`` of the step ``p`` that the tangent was taken along.
+
+    Args:
+        tangent: ``(..., classes)``, floating, ``J_z p``.
+        mask: ``(...)``, bool, positions that count; None for all.
+        quantile: in (0, 1]: the smallest spread that at least this share of the positions do not exceed stands for the
+            maximum. 1 is the definition; below it the most fragile positions are given up.
+
+    Returns:
+        0-d, 0 if no position counts; NaN if a spread is, but for a quantile below all of these. Nobody waits for it.
+        Source: arXiv 2603.13552, definition 5.1.
+    """
+    spread = tangent_spread(tangent)
+    if mask is not None:
+        spread = torch.where(mask, spread, 0.0)
+    if quantile == 1:
+        return spread.amax() / math.pi
+    ordered = spread.flatten().sort().values  # NaN comes last; positions that do not count are zeros, and come first
+    positions = ordered.numel()
+    counted = torch.tensor(positions) if mask is None else mask.sum()
+    # In float32 q * n may round up past a whole number: a hair less is asked for.
+    rank = torch.ceil(counted.double() * quantile - 1e-9).long()
+    return ordered.gather(0, (positions - counted + rank - 1).clamp(0).reshape(1).to(ordered.device))[0] / math.pi
+
+
 def binary_ghost_radius(margin: Tensor, gap: Tensor) -> Tensor:
     """Exact ghost radius for two classes: ``rho* = sqrt(delta^2 + pi^2) / |Delta_a|``.
 

@@ -6,6 +6,7 @@ A new one is covered as soon as it is exported from ``redline``; where its defau
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import io
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import redline
-from redline import ConfigurationError, Controller, Monitor, Need, Readings, Scale, Sink, Step
+from redline import ConfigurationError, Controller, Monitor, Need, Readings, RunStoppedError, Scale, Sink, Step
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -382,8 +383,9 @@ def test_two_controllers_of_a_kind_are_told_apart(kind: type[Controller]) -> Non
     run.steps(0, 1)
     state = run.session.state_dict()
     run.session.close()
-    assert set(state["controllers"]) == {kind.__name__, f"{kind.__name__}-2"}
-    assert {one.controller for one in run.session.interventions} <= set(state["controllers"])
+    controllers = set(state["control"]["controllers"])
+    assert controllers == {kind.__name__, f"{kind.__name__}-2"}
+    assert {one.controller for one in run.session.interventions} <= controllers
     assert run.session.notes == ()
 
 
@@ -416,16 +418,22 @@ def test_a_session_without_a_step_is_fine(kind: type) -> None:
 
 @of_every_plugin
 def test_a_run_that_is_not_finite_is_survived(kind: type) -> None:
-    """A NaN in the data is what one wants to be told of; it must not end the telling."""
+    """A NaN is what one wants to be told of; it must not end the telling. A controller may stop the run, with words."""
     run = Run(often(kind))
     run.steps(0)
     with torch.no_grad():
         run.model[0].weight[0, 0] = float("nan")
-    run.steps(1, 2)
+    with (
+        pytest.raises(RunStoppedError, match="the update was not finite")
+        if kind is redline.StepClamp
+        else contextlib.nullcontext()
+    ):
+        run.steps(1, 2)
     run.session.close()
-    assert run.session.latest.value("redline_steps_total") == 3
+    steps = 2 if kind is redline.StepClamp else 3
+    assert run.session.latest.value("redline_steps_total") == steps
     assert run.session.notes == ()
-    assert run.session.report().to_dict()["steps"] == 3
+    assert run.session.report().to_dict()["steps"] == steps
 
 
 # Controllers ------------------------------------------------------------------------------------------

@@ -222,14 +222,14 @@ def test_snapshot_is_put_back_in_place() -> None:
     (parameter,) = optimizer.state
     moment = optimizer.state[parameter]["exp_avg"]
     before = {key: value.clone() for key, value in optimizer.state[parameter].items()}
-    snapshot = OptimizerState(optimizer)
+    snapshot = OptimizerState.of(optimizer)
     stepped(optimizer)
     optimizer.param_groups[0]["lr"].fill_(7.0)
     optimizer.param_groups[0]["betas"] = (0.0, 0.0)
     optimizer.state[parameter]["extra"] = 1
     optimizer.param_groups[0]["extra"] = 1
     assert not torch.equal(moment, before["exp_avg"])
-    snapshot.restore()
+    snapshot.restore(optimizer)
     assert optimizer.state[parameter]["exp_avg"] is moment, "whoever holds the tensor sees it restored"
     assert optimizer.state[parameter].keys() == before.keys()
     assert all(torch.equal(optimizer.state[parameter][key], value) for key, value in before.items())
@@ -241,10 +241,10 @@ def test_snapshot_is_put_back_in_place() -> None:
 
 def test_snapshot_of_no_state_removes_what_came_since() -> None:
     optimizer = sgd(momentum=0.9)
-    snapshot = OptimizerState(optimizer)
+    snapshot = OptimizerState.of(optimizer)
     stepped(optimizer)
     assert optimizer.state
-    snapshot.restore()
+    snapshot.restore(optimizer)
     assert not optimizer.state
 
 
@@ -252,9 +252,9 @@ def test_snapshot_brings_back_what_was_removed_since() -> None:
     optimizer = stepped(sgd(momentum=0.9))
     (parameter,) = optimizer.state
     before = optimizer.state[parameter]["momentum_buffer"].clone()
-    snapshot = OptimizerState(optimizer)
+    snapshot = OptimizerState.of(optimizer)
     del optimizer.state[parameter]
-    snapshot.restore()
+    snapshot.restore(optimizer)
     assert torch.equal(optimizer.state[parameter]["momentum_buffer"], before)
 
 
@@ -262,8 +262,8 @@ def test_snapshot_can_be_put_back_twice() -> None:
     optimizer = stepped(sgd(momentum=0.9))
     (parameter,) = optimizer.state
     before = optimizer.state[parameter]["momentum_buffer"].clone()
-    snapshot = OptimizerState(optimizer)
+    snapshot = OptimizerState.of(optimizer)
     for _ in range(2):
         stepped(optimizer)
-        snapshot.restore()
+        snapshot.restore(optimizer)
         assert torch.equal(optimizer.state[parameter]["momentum_buffer"], before)

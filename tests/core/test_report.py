@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import redline
-from redline.controller import Intervention
 from redline.history import RunHistory
+from redline.interventions import Tally
 from redline.readings import RunInfo, Series, Snapshot
-from redline.report import StabilityReport, StepSizes
+from redline.report import KeptSnapshot, StabilityReport, StepSizes
 
 R = "redline_normalized_step_size"
 NAN, INF = math.nan, math.inf
@@ -33,7 +33,8 @@ def report_of(
     *,
     values: Mapping[Key, float] | None = None,
     courses: Mapping[Key, Sequence[tuple[int, float]]] | None = None,
-    interventions: Sequence[Intervention] = (),
+    interventions: Sequence[Tally] = (),
+    snapshots: Sequence[KeptSnapshot] = (),
     notes: tuple[str, ...] = (),
     steps: int | None = None,
     seconds: float = 2.0,
@@ -48,7 +49,7 @@ def report_of(
     last = {series(key): value for key, value in (values or {}).items()}
     last[Series("redline_steps_total")] = float(len(step_sizes) if steps is None else steps)
     run = RunInfo("run-1", "0.1", "float32", "single", 1)
-    return StabilityReport.of(Snapshot(9, 0.0, run, last, {}), history, interventions, notes, seconds)
+    return StabilityReport.of(Snapshot(9, 0.0, run, last, {}), history, interventions, snapshots, notes, seconds)
 
 
 def sizes_of(step_sizes: Sequence[float], values: Mapping[Key, float] | None = None) -> StepSizes:
@@ -272,12 +273,11 @@ def test_what_was_not_observed_is_none():
     assert report.layers == ()
 
 
-def test_interventions_are_counted_by_controller_and_action():
-    actions = [("Clamp", "scale"), ("Guard", "withhold"), ("Clamp", "scale"), ("Clamp", "reject")]
-    report = report_of(
-        [0.1], interventions=[Intervention(k, name, action, "", {}) for k, (name, action) in enumerate(actions)]
-    )
-    assert report.interventions == (("Clamp", "scale", 2), ("Guard", "withhold", 1), ("Clamp", "reject", 1))
+def test_steps_over_the_redline_that_were_held_are_told_from_those_that_were_not():
+    held = report_of([0.1, 5.0], interventions=[Tally("Clamp", "scale", 1, 1, 1, "")])
+    free = report_of([0.1, 5.0], interventions=[Tally("Guard", "withhold", 1, 1, 1, "")])
+    assert [(one.level, one.text.split(":")[0]) for one in held.verdicts] == [("watch", "Over the redline, and held")]
+    assert [(one.level, one.text.split(":")[0]) for one in free.verdicts] == [("bad", "Over the redline")]
 
 
 def test_the_report_is_plain_data():
@@ -285,7 +285,8 @@ def test_the_report_is_plain_data():
         [0.1, NAN, 2.0],
         values={("redline_nonfinite_total", "loss"): 1.0},
         courses={("redline_weight_spectral_norm", "a"): [(0, 2.0)]},
-        interventions=[Intervention(0, "Clamp", "scale", "", {})],
+        interventions=[Tally("Clamp", "scale", 2, 5, 9, "r = 3 was over 1.")],
+        snapshots=[KeptSnapshot("Guard", 4, 1024, "host", False)],
     )
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["run"]["run"] == "run-1"
@@ -293,7 +294,17 @@ def test_the_report_is_plain_data():
     assert plain["step_sizes"]["over"] == 1
     assert plain["layers"][0]["name"] == "a"
     assert plain["verdicts"][0]["level"] == "bad"
-    assert plain["interventions"] == [["Clamp", "scale", 1]]
+    assert plain["interventions"] == [
+        {
+            "controller": "Clamp",
+            "action": "scale",
+            "count": 2,
+            "first_step": 5,
+            "last_step": 9,
+            "last_reason": "r = 3 was over 1.",
+        }
+    ]
+    assert plain["snapshots"][0]["bytes"] == 1024
 
 
 # Of a real run -------------------------------------------------------------------------------------------------------

@@ -1112,7 +1112,7 @@ def test_everything_can_be_asked_after_close() -> None:
     report = session.report()
     assert report.steps == 3
     assert (report.first_loss, report.last_loss) == (0.0, 2.0)
-    assert report.interventions == (("Scaling", "scale", 3),)
+    assert [(one.controller, one.action, one.count) for one in report.interventions] == [("Scaling", "scale", 3)]
     assert report.step_sizes is not None
     assert report.step_sizes.measured == 3
     assert report.to_dict()["steps"] == 3
@@ -1234,8 +1234,8 @@ def test_resumed_run_goes_on_as_if_it_had_never_stopped() -> None:
     assert (report.steps, report.first_loss, report.last_loss) == (9, 0.0, 8.0)
     assert report.step_sizes == expected_report.step_sizes
     assert report.layers == expected_report.layers
-    assert report.interventions == (("Scaling", "scale", 9),)
-    assert second.state_dict()["controllers"]["Scaling"] == {"inspected": 9}
+    assert [(one.controller, one.action, one.count) for one in report.interventions] == [("Scaling", "scale", 9)]
+    assert second.state_dict()["control"]["controllers"]["Scaling"] == {"inspected": 9}
 
 
 def test_state_taken_between_two_optimizers_loses_nothing() -> None:
@@ -1324,7 +1324,7 @@ def test_plugins_of_one_class_have_names_of_their_own() -> None:
     assert latest.series("redline_measurements_total") == {("GhostRadius",): 1, ("GhostRadius-2",): 1}
     assert latest.value("redline_interventions_total", controller="Scaling-2", action="scale") == 1
     assert set(state["monitors"]) == {"GhostRadius", "GhostRadius-2"}
-    assert set(state["controllers"]) == {"Scaling", "Scaling-2"}
+    assert set(state["control"]["controllers"]) == {"Scaling", "Scaling-2"}
 
 
 def test_snapshots_are_immutable_and_stay_what_they_were() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import redline
-from redline import ConfigurationError, ControllerError, Need, Reject, Scale, Step, StepRejectedError, Withhold
+from redline import ConfigurationError, ControllerError, Need, Reject, RunStoppedError, Scale, Step, Withhold
 
 Answer = Callable[[Step], Iterable[Any]]
 
@@ -541,12 +541,13 @@ def test_withheld_step_is_not_measured_but_its_gradient_is() -> None:
     assert "redline_update_norm" not in latest
 
 
-def test_second_controller_is_not_asked_about_a_withheld_step() -> None:
+def test_all_are_asked_ahead_of_the_update_and_each_decision_is_traced() -> None:
+    """A guard learns from every step, also from one that another has withheld."""
     run = Run()
     first, second = Deciding(withhold=withholding(0)), Joint(withhold=withholding(0))
     with run.attach(first, second) as session:
         run.step(1)
-    assert [one.controller for one in session.interventions] == ["Deciding"]
+    assert [one.controller for one in session.interventions] == ["Deciding", "Joint"]
     assert first.seen == second.seen == [], "there is no update to inspect"
 
 
@@ -629,7 +630,7 @@ def test_rejection_without_a_snapshot_stops_the_run(optimizers: Callable[[nn.Mod
     with run.attach(Deciding(at(1, Reject("r was 12.")))) as session:
         run.step(3)
         before = run.parameters
-        with pytest.raises(StepRejectedError, match=r"Deciding rejected step 1: r was 12\. The parameters are as they"):
+        with pytest.raises(RunStoppedError, match=r"Deciding rejected step 1: r was 12\. The parameters are as they"):
             run.step(4)
         assert_same_bits(run.parameters, before)
         assert [one.action for one in session.interventions] == ["reject"]

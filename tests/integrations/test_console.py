@@ -19,10 +19,10 @@ from rich.progress import Progress
 from torch import nn
 
 import redline
-from redline.controller import Intervention
 from redline.history import RunHistory
+from redline.interventions import Tally
 from redline.readings import RunInfo, Series, Snapshot
-from redline.report import StabilityReport
+from redline.report import KeptSnapshot, StabilityReport
 
 R = "redline_normalized_step_size"
 NAN, INF = math.nan, math.inf
@@ -263,7 +263,8 @@ def report_of(
     *,
     values: Mapping[Key, float] | None = None,
     courses: Mapping[Key, Sequence[tuple[int, float]]] | None = None,
-    interventions: Sequence[Intervention] = (),
+    interventions: Sequence[Tally] = (),
+    snapshots: Sequence[KeptSnapshot] = (),
     notes: tuple[str, ...] = (),
     run: str = "run-1",
 ) -> StabilityReport:
@@ -276,7 +277,7 @@ def report_of(
     last = {series(key): value for key, value in (values or {}).items()}
     last[Series("redline_steps_total")] = 20.0
     info = RunInfo(run, "0.1", "float32", "single", 1)
-    return StabilityReport.of(Snapshot(19, 0.0, info, last, {}), history, interventions, notes, 4.0)
+    return StabilityReport.of(Snapshot(19, 0.0, info, last, {}), history, interventions, snapshots, notes, 4.0)
 
 
 def shown(report: StabilityReport) -> str:
@@ -314,14 +315,16 @@ def test_facts_are_shown():
             values={"redline_overhead_ratio": 0.034},
             courses={"redline_loss": [(0, 2.25), (19, 0.5)]},
             notes=("the third kind was not measured",),
-            interventions=[Intervention(3, "Clamp", "scale", "", {})] * 2,
+            interventions=[Tally("Clamp", "scale", 2, 3, 17, "r = 3 was over 1.")],
+            snapshots=[KeptSnapshot("Guard", 4, 3 * 2**20, "host", False)],
         )
     )
     assert re.search(r"steps\s+20 in 4\.0 s\s+\(5 steps/s\)", text)
     assert re.search(r"loss\s+2\.25 → 0\.5\b", text)
     assert "3.4%" in text
     assert "the third kind was not measured" in text
-    assert re.search(r"Clamp: scale\D+2\b", text)
+    assert re.search(r"Clamp +scale +2 +3 – 17 +r = 3 was over 1\.", text)
+    assert "Guard: a copy of the run at step 4, 3 MiB in host memory; checkpoints leave it out" in text
 
 
 def test_the_distribution_is_shown():

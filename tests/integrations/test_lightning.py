@@ -790,7 +790,7 @@ def test_a_resumed_fit_goes_on_counting(halfway: Path):
 def test_a_checkpoint_is_plain_data(halfway: Path):
     saved = torch.load(halfway, weights_only=True)
     (state,) = [value for key, value in saved["callbacks"].items() if key.startswith("RedlineCallback")]
-    assert state["controllers"] == {"ScaleOnce": {"done": 1}}
+    assert state["control"]["controllers"] == {"ScaleOnce": {"done": 1}}
 
 
 @pytest.mark.parametrize("weights_only", [None, True, False])
@@ -937,7 +937,7 @@ def test_a_fit_that_is_interrupted_leaves_nothing(interrupts_restored: None):
 @pytest.mark.parametrize(
     ("rejects", "error", "message"),
     [
-        (True, redline.StepRejectedError, "Object rejected step 2: seen enough"),
+        (True, redline.RunStoppedError, "Object rejected step 2: seen enough"),
         (False, redline.ControllerError, "Object failed at step 2 with RuntimeError: a mistake of its own"),
     ],
 )

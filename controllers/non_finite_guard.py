@@ -1,0 +1,91 @@
+"""The guard against values that are not finite: a NaN does not reach the parameters, nor the optimizer's state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from redline.controller import Controller, Reject, Stop, Withhold
+from redline.errors import ConfigurationError
+from redline.monitor import Need
+from redline.step import Step
+
+
+class NonFiniteGuard(Controller):
+    """Withholds gradients that are not finite, and rejects an update that is not.
+
+    A withheld step is a no-op: parameters, moments, step counters, decay and the running statistics of normalization
+    layers stay as they were, for all optimizers of the joint step. A rejected one leaves the parameters as they were;
+    the optimizer's state has seen it and comes back only with ``restore_state``, otherwise the run stops. A step that
+    a GradScaler has the optimizer skip for an overflow is left to it.
+    """
+
+    needs: ClassVar[Need] = Need.GRADIENTS | Need.UPDATE
+
+    def __init__(self, *, stop_after: int = 20, restore_state: bool = False) -> None:
+        """Set the limits.
+
+        Args:
+            stop_after: so many steps in a row that are not finite stop the run, with the layers' names. The default is
+                Redline's choice: more than the 16 halvings in which a GradScaler finds its first scale.
+            restore_state: copy the optimizers' state ahead of each step, so that a rejected update does not end the
+                run. It costs that copy, in time and in memory, and on an accelerator a second wait.
+
+        Raises:
+            ConfigurationError: ``stop_after`` is below 1.
+        """
+        if stop_after < 1:
+            raise ConfigurationError(f"got stop_after={stop_after}; expected at least 1 step.")
+        self.stop_after, self.snapshots_state = stop_after, restore_state
+        self._in_a_row = 0
+
+    def before_update(self, step: Step) -> Withhold | Stop | None:
+        """Withhold gradients that are not finite."""
+        norm = step.start.gradient_norm
+        broken = norm is not None and not math.isfinite(norm) and not step.start.overflow
+        self._in_a_row += broken
+        if not broken and self._in_a_row < self.stop_after:
+            return None
+        seen = f"the gradients were not finite ({_where(step)})" if broken else "the updates were not finite"
+        saw = {"gradient_norm": math.nan if norm is None else norm, "in_a_row": float(self._in_a_row)}
+        if self._in_a_row < self.stop_after:
+            return Withhold(f"{seen}: the step was withheld.", saw)
+        self._in_a_row = 0  # whoever goes on begins anew
+        return Stop(
+            f"{seen}, at {saw['in_a_row']:.0f} steps in a row. None of them was taken: look at their data and rate.",
+            saw,
+        )
+
+    def inspect(self, step: Step) -> Iterable[Reject]:
+        """Reject an update that is not finite."""
+        tau = step.update.norm
+        broken = ~tau.isfinite()
+        # Only where the state comes back does the run go on after a rejection.
+        self._in_a_row = self._in_a_row + 1 if self.snapshots_state and bool(broken) else 0
+        return [Reject("the update was not finite (norm {update_norm:.3g}).", {"update_norm": tau}, broken)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps in a row were not finite."""
+        return {"in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting."""
+        self._in_a_row = int(state["in_a_row"])
+
+
+def _where(step: Step) -> str:
+    """Which parameters' gradients are not finite; asked at a bad step only, since it waits for the device."""
+    gradients = {name: p.grad for name, p in step.weights.items() if p.grad is not None}
+    if not gradients:
+        return "outside the model"
+    finite = torch.stack(
+        [torch.isfinite(g.to_dense() if g.is_sparse else g).all() for g in gradients.values()]
+    ).tolist()
+    broken = [name for name, good in zip(gradients, finite, strict=True) if not good]
+    if not broken:
+        return "their norm overflowed"
+    last = f", the last {broken[-1]}" if len(broken) > 1 else ""
+    return f"{len(broken)} of {len(gradients)} parameters, the first {broken[0]}{last}"

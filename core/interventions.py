@@ -1,0 +1,152 @@
+"""What the controllers did: the latest in full, and a tally of all of it.
+
+A decision in tensors of an accelerator is carried out there; it is told of once its numbers come to the host, in the
+next copy that is made anyway.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from redline import metrics
+from redline.controller import Decision, Reject, Scale
+from redline.readings import Readings, to_host
+
+_MOST_KEPT = 10_000
+_MOST_UNTOLD = 512
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """The trace of one decision.
+
+    Attributes:
+        step: optimizer step, counted from 0.
+        controller: its name in this session.
+        action: "scale", "withhold", "reject", "rollback" or "stop".
+        reason: what was seen and done, in words.
+        saw: the numbers behind it.
+    """
+
+    step: int
+    controller: str
+    action: str
+    reason: str
+    saw: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """All decisions of one kind by one controller: how many, at which steps, and the last one's words."""
+
+    controller: str
+    action: str
+    count: int
+    first_step: int
+    last_step: int
+    last_reason: str
+
+
+class InterventionLog:
+    """Bounded memory of the controllers' decisions.
+
+    Attributes:
+        latest: the last 10,000, oldest first.
+        rejection: that of a step whose rejection was found out only after it had ended; the run has to stop.
+    """
+
+    def __init__(self, readings: Readings) -> None:
+        """``readings``: where decisions are counted."""
+        self.latest: deque[Intervention] = deque(maxlen=_MOST_KEPT)
+        self.rejection: Intervention | None = None
+        self._readings = readings
+        self._tallies: dict[tuple[str, str], Tally] = {}
+        self._untold: list[tuple[int, str, Scale | Reject]] = []
+
+    def add(self, step: int, controller: str, decision: Decision) -> None:
+        """Remember a decision, now or when its numbers are on the host."""
+        if isinstance(decision, (Scale, Reject)) and not all(map(is_on_host, _tensors(decision))):
+            self._untold.append((step, controller, decision))
+        else:
+            self._tell(step, controller, decision)
+
+    def read(self, tensors: Sequence[Tensor] = ()) -> list[float]:
+        """Bring 0-d tensors to the host, and in the same copy what is still untold of earlier decisions."""
+        untold, self._untold = self._untold, []
+        if not tensors and not untold:
+            return []
+        numbers = to_host([*tensors, *(tensor for _, _, decision in untold for tensor in _tensors(decision))])
+        found = [next(numbers)[0] for _ in tensors]
+        for step, controller, decision in untold:
+            verdict, *saw = (
+                next(numbers)[0] if isinstance(value, Tensor) else value
+                for value in (_verdict(decision), *decision.saw.values())
+            )
+            known = replace(decision, saw=dict(zip(decision.saw, saw, strict=True)))
+            if isinstance(known, Reject) and verdict:
+                self.rejection = self._tell(step, controller, known)
+            elif isinstance(known, Scale) and verdict != 1:
+                self._tell(step, controller, known)
+        return found
+
+    @property
+    def overflowing(self) -> bool:
+        """Whether so much is untold that it should be told now."""
+        return len(self._untold) >= _MOST_UNTOLD
+
+    @property
+    def tallies(self) -> tuple[Tally, ...]:
+        """One a controller and action, in the order in which they first occurred."""
+        return tuple(self._tallies.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that was told, as plain dicts and lists."""
+        return {
+            "latest": [{**vars(one), "saw": dict(one.saw)} for one in self.latest],
+            "tallies": [asdict(tally) for tally in self.tallies],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved log."""
+        self.latest = deque((Intervention(**one) for one in state["latest"]), maxlen=_MOST_KEPT)
+        self._tallies = {(one["controller"], one["action"]): Tally(**one) for one in state["tallies"]}
+
+    def _tell(self, step: int, controller: str, decision: Decision) -> Intervention:
+        saw = {key: float(value) for key, value in decision.saw.items()}
+        one = Intervention(step, controller, action(type(decision)), _filled_in(decision.reason, saw), saw)
+        self.latest.append(one)
+        kind = controller, one.action
+        so_far = self._tallies.get(kind, Tally(*kind, 0, step, step, one.reason))
+        self._tallies[kind] = replace(so_far, count=so_far.count + 1, last_step=step, last_reason=one.reason)
+        self._readings.count(metrics.INTERVENTIONS, 1, *kind)
+        return one
+
+
+def action(decision: type[Decision]) -> str:
+    """What a decision of this type is called in traces and counters."""
+    return decision.__name__.lower()
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether reading it makes nobody wait."""
+    return tensor.device.type == "cpu"
+
+
+def _verdict(decision: Scale | Reject) -> float | Tensor:
+    return decision.factor if isinstance(decision, Scale) else decision.when
+
+
+def _tensors(decision: Scale | Reject) -> list[Tensor]:
+    return [value for value in (_verdict(decision), *decision.saw.values()) if isinstance(value, Tensor)]
+
+
+def _filled_in(reason: str, saw: Mapping[str, float]) -> str:
+    try:
+        return reason.format(**saw)
+    except (KeyError, IndexError, ValueError):
+        return reason  # braces of its own

@@ -1,0 +1,126 @@
+"""Copies of a training run's state, to go back to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
+
+from redline.optimizers import OptimizerState, copy_of
+
+
+class RunSnapshot:
+    """All that training changes: parameters that the optimizers move, buffers, optimizers' and schedulers' state.
+
+    Random states and the data are left out: they go on.
+    """
+
+    def __init__(
+        self,
+        read_tensors: Callable[[], Mapping[str, Tensor]],
+        optimizers: Sequence[Optimizer],
+        schedulers: Sequence[Any],
+    ) -> None:
+        """``read_tensors``: the live parameters and buffers, by name."""
+        self._read_tensors, self._optimizers, self._schedulers = read_tensors, optimizers, schedulers
+        self._kept: dict[str, Any] | None = None
+        self.step = -1
+        self.memory: Literal["device", "host"] = "device"
+        self.in_checkpoints = True
+
+    def take(self, step: int, memory: Literal["device", "host"], in_checkpoints: bool) -> None:
+        """Copy everything as it stands, in place of the last copy."""
+        self.step, self.memory, self.in_checkpoints = step, memory, in_checkpoints
+        copied = _to_host if memory == "host" else copy_of
+        self._kept = None  # not two at a time
+        self._kept = {
+            "tensors": tree_map(copied, dict(self._read_tensors())),
+            "optimizers": [OptimizerState.of(optimizer, copied) for optimizer in self._optimizers],
+            "schedulers": [copy.deepcopy(scheduler.state_dict()) for scheduler in self._schedulers],
+        }
+
+    @property
+    def taken(self) -> bool:
+        """Whether there is anything to go back to."""
+        return self._kept is not None
+
+    @property
+    def bytes(self) -> int:
+        """What the copies take up."""
+        leaves = (
+            tree_leaves([self._kept["tensors"], [vars(one) for one in self._kept["optimizers"]]]) if self._kept else []
+        )
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+
+    def restore(self) -> None:
+        """Put everything back, in place.
+
+        An optimizer's group settings come back together with the schedulers that set them: to put a rate back under a
+        scheduler that goes on would bend its course.
+        """
+        assert self._kept is not None
+        if self.memory == "host" and torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies to pinned memory may still be under way
+        live = self._read_tensors()
+        for name, kept in self._kept["tensors"].items():
+            live[name].detach().copy_(kept)
+        for optimizer, state in zip(self._optimizers, self._kept["optimizers"], strict=True):
+            state.restore(optimizer, groups=bool(self._schedulers))
+        for scheduler, state in zip(self._schedulers, self._kept["schedulers"], strict=True):
+            scheduler.load_state_dict(copy.deepcopy(state))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint carries: all of it, or nothing."""
+        if self._kept is None or not self.in_checkpoints:
+            return {}
+        return {
+            "step": self.step,
+            "memory": self.memory,
+            "tensors": self._kept["tensors"],
+            "optimizers": [vars(state) for state in self._kept["optimizers"]],
+            "schedulers": self._kept["schedulers"],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``state_dict`` gave."""
+        if not state:
+            return
+        self.step, self.memory, self.in_checkpoints = state["step"], state["memory"], True
+        self._kept = {
+            "tensors": dict(state["tensors"]),
+            "optimizers": [OptimizerState(**one) for one in state["optimizers"]],
+            "schedulers": list(state["schedulers"]),
+        }
+
+
+class RunningStatistics:
+    """The running statistics of normalization layers as they were before a step's first forward.
+
+    A batch whose gradients are withheld has already been counted in them, and one with a NaN would leave it there.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(self) -> None:
+        """Copy them as they stand."""
+        norms = (m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training)
+        self._kept = [(buffer, buffer.detach().clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+
+    def restore(self) -> None:
+        """Put them back."""
+        for buffer, kept in self._kept:
+            buffer.copy_(kept)
+
+
+def _to_host(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.device.type == "cpu":
+        return copy_of(value)
+    host = torch.empty_like(value, device="cpu", pin_memory=value.device.type == "cuda")
+    return host.copy_(value.detach(), non_blocking=True)
