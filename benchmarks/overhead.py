@@ -12,13 +12,12 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from machine import describe
+from pairs import Trainer, measure
 
 import redline
 from redline.integrations.demo.data import byte_batch, library_bytes
@@ -62,7 +61,18 @@ def main() -> None:
     print("\n".join(lines))
     for name, monitors in stacks.items():
         repeats = options.repeats if monitors is redline.default_monitors else 1
-        pairs = [measure(options, monitors, seed) for seed in range(repeats)]
+        pairs = [
+            measure(
+                lambda trainer, monitors=monitors: redline.attach(
+                    trainer.model, trainer.optimizer, monitors=monitors()
+                ),
+                seed,
+                steps=options.steps,
+                batch=options.batch,
+                device=options.device,
+            )
+            for seed in range(repeats)
+        ]
         ratios = [watched / plain for plain, watched in pairs]
         step = statistics.median(plain for plain, _ in pairs) / options.steps
         spread = f"{min(ratios):.4f} – {max(ratios):.4f}"
@@ -78,57 +88,6 @@ def main() -> None:
     if options.write:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"overhead_{options.device}.md").write_text("\n".join(lines) + "\n")
-
-
-def measure(
-    options: argparse.Namespace, monitors: Callable[[], list[redline.Monitor]], seed: int
-) -> tuple[float, float]:
-    """Seconds of all plain steps, and of all monitored ones, of one repetition."""
-    text = library_bytes()
-    plain, watched = (Trainer(options.device, seed) for _ in range(2))
-    windows = torch.Generator().manual_seed(seed)
-    seconds = [0.0, 0.0]
-    for trainer in (plain, watched):
-        for _ in range(3):  # before attaching: the kernels' own warm-up, of both alike
-            trainer.step(*byte_batch(text, options.batch, 64, windows))
-    session = redline.attach(watched.model, watched.optimizer, monitors=monitors())
-    watched.session = session
-    for index in range(options.steps):
-        inputs, targets = byte_batch(text, options.batch, 64, windows)
-        for which in (0, 1) if index % 2 else (1, 0):
-            seconds[which] += (plain, watched)[which].timed(inputs, targets)
-    session.close()
-    return seconds[0], seconds[1]
-
-
-class Trainer:
-    """A model in training, one step at a time."""
-
-    def __init__(self, device: str, seed: int) -> None:
-        torch.manual_seed(seed)
-        self.model = ByteLM().to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.device, self.session = device, None
-
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        inputs, targets = inputs.to(self.device), targets.to(self.device)
-        loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
-        if self.session is not None:
-            self.session.observe(loss=loss)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def timed(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        self._wait()
-        start = time.perf_counter()
-        self.step(inputs, targets)
-        self._wait()
-        return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
 
 def peak_memory(options: argparse.Namespace, *, monitored: bool) -> int:

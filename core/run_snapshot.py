@@ -73,6 +73,7 @@ class RunSnapshot:
             state.restore(optimizer, groups=bool(self._schedulers))
         for scheduler, state in zip(self._schedulers, self._kept["schedulers"], strict=True):
             scheduler.load_state_dict(copy.deepcopy(state))
+            _set_rates(scheduler)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint carries: all of it, or nothing."""
@@ -117,6 +118,16 @@ class RunningStatistics:
         """Put them back."""
         for buffer, kept in self._kept:
             buffer.copy_(kept)
+
+
+def _set_rates(scheduler: Any) -> None:
+    """Rates as the scheduler says: those in the groups may have been spiked in the very step of the snapshot."""
+    optimizer, rates = getattr(scheduler, "optimizer", None), getattr(scheduler, "get_last_lr", list)()
+    for group, rate in zip(optimizer.param_groups if optimizer else (), rates, strict=False):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = float(rate)
 
 
 def _to_host(value: Any) -> Any:

@@ -56,8 +56,11 @@ class ConsoleReport(Sink):
 
 
 def snapshot_view(snapshot: Snapshot, layers: int) -> RenderableType:
-    """One snapshot as a headline and a table of the layers pushed hardest."""
+    """One snapshot as a headline, what controllers did so far, and a table of the layers pushed hardest."""
     parts: list[RenderableType] = [_headline(snapshot)]
+    if did := {kind: n for kind, n in snapshot.series(metrics.INTERVENTIONS.name).items() if n}:
+        words = " · ".join(f"{controller} {action} ×{n:.0f}" for (controller, action), n in did.items())
+        parts.append(Text(f"  controllers so far: {words}", style="yellow"))
     if layers and (
         snapshot.layers(metrics.WEIGHT_SPECTRAL_NORM.name) or snapshot.layers(metrics.UPDATE_SPECTRAL_NORM.name)
     ):

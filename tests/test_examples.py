@@ -12,12 +12,14 @@ SHORT = {
     "plain_loop.py": ["--steps", "20", "--port", "0"],
     "lightning_digits.py": ["--steps", "20"],
     "custom_sink.py": [],
+    "bad_batches.py": ["--quick"],
     "lr_spike.py": ["--quick"],
 }
 SAYS = {
     "plain_loop.py": "The longest step had r = ",
     "lightning_digits.py": "Test accuracy ",
     "lr_spike.py": "x1,000, held to the end",
+    "bad_batches.py": "one NaN among the inputs, one batch",
     "custom_sink.py": "step,loss,normalized_step_size\n0,",
 }
 

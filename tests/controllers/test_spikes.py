@@ -1,0 +1,240 @@
+"""A rate a thousand times too high, on the byte-level language model: with the clamp the run goes on, without it dies.
+
+Each optimizer trains one run up to the spike; the courses that are compared go on from copies of it, on the same
+batches. The grid of published figures is examples/lr_spike.py; its short form is held to here, in plain PyTorch and in
+Lightning.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+import redline
+from redline.integrations.demo.data import byte_batch, digits, library_bytes
+from redline.integrations.demo.models import ByteLM
+from redline.integrations.lightning import RedlineCallback
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "lr_spike.py"
+SPIKE_AT, SEVERITY = 200, 1000.0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """With tensors this small, several threads only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def sgd(model: nn.Module) -> list[Optimizer]:
+    return [torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)]
+
+
+def adamw(model: nn.Module) -> list[Optimizer]:
+    return [torch.optim.AdamW(model.parameters(), 5e-3, weight_decay=0.05)]
+
+
+def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("blocks")]
+    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    return [torch.optim.Muon(matrices, 0.02), torch.optim.AdamW(rest, 5e-3)]
+
+
+class Training:
+    """A language model in training; a copy of it goes on alike."""
+
+    def __init__(self, optimizers: Callable[[nn.Module], list[Optimizer]]) -> None:
+        torch.manual_seed(0)
+        self.model = ByteLM(width=48, layers=2, context=32)
+        self.optimizers = optimizers(self.model)
+        self.windows = torch.Generator().manual_seed(0)
+        self.text = library_bytes()
+
+    def copied(self) -> Training:
+        twin = copy.copy(self)
+        twin.model, twin.optimizers = copy.deepcopy((self.model, self.optimizers))
+        twin.windows = torch.Generator()
+        twin.windows.set_state(self.windows.get_state())
+        return twin
+
+    def steps(self, count: int, *, spiked: int = 0, controllers: tuple[redline.Controller, ...] = ()) -> list[float]:
+        """Losses of ``count`` steps, the first ``spiked`` of them at a thousand times the rate."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        rates, losses = [group["lr"] for group in groups], []
+        with redline.attach(self.model, self.optimizers, monitors=[], controllers=controllers) as session:
+            for step in range(count):
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate * (SEVERITY if step < spiked else 1.0)
+                inputs, targets = byte_batch(self.text, 24, 32, self.windows)
+                loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
+                session.observe(loss=loss)
+                loss.backward()
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad()
+                losses.append(loss.item())
+        self.interventions = session.interventions
+        return losses
+
+
+class Start(NamedTuple):
+    training: Training
+    losses: list[float]
+
+    @property
+    def before(self) -> float:
+        """The loss before the spike, over the last ten batches."""
+        return statistics.fmean(self.losses[-10:])
+
+
+@pytest.fixture(scope="module", params=[sgd, adamw, muon_and_adamw], ids=lambda one: one.__name__)
+def start(request: pytest.FixtureRequest) -> Start:
+    training = Training(request.param)
+    return Start(training, training.steps(SPIKE_AT))
+
+
+def test_one_spiked_step_is_as_if_it_had_not_been(start: Start) -> None:
+    twin, held = start.training.copied(), start.training.copied()
+    unspiked = twin.steps(110)
+    clamped = held.steps(110, spiked=1, controllers=(redline.StepClamp(),))
+    assert abs(statistics.fmean(clamped[100:]) - statistics.fmean(unspiked[100:])) < 0.1
+    assert held.interventions[0].step == 0
+    assert held.interventions[0].saw["r"] > 100, "the step was far over the redline"
+
+
+def test_one_spiked_step_unprotected_costs_a_nat(start: Start) -> None:
+    losses = start.training.copied().steps(110, spiked=1)
+    assert is_lost(statistics.fmean(losses[100:]), start.before)
+
+
+def test_after_fifty_spiked_steps_it_learns_on(start: Start) -> None:
+    held = start.training.copied()
+    losses = held.steps(150, spiked=50, controllers=(redline.StepClamp(),))
+    assert statistics.fmean(losses[140:]) < start.before
+    assert len([one for one in held.interventions if one.step < 50]) == 50
+    assert max(losses) < start.before + 1
+
+
+def test_fifty_spiked_steps_unprotected_end_the_run(start: Start) -> None:
+    losses = start.training.copied().steps(150, spiked=50)
+    assert is_lost(statistics.fmean(losses[140:]), start.before)
+
+
+def is_lost(loss: float, before: float) -> bool:
+    return not math.isfinite(loss) or loss > before + 1
+
+
+# The grid, in its short form ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lr_spike() -> Any:
+    spec = importlib.util.spec_from_file_location("lr_spike", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Options(NamedTuple):
+    lr: float = 0.015
+    steps: int = 120
+    samples: int | None = None
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["one step", "held to the end"])
+@pytest.mark.parametrize("model", ["transformer", "mlp"])
+def test_clamp_keeps_the_accuracy_of_the_unspiked_twin(lr_spike: Any, model: str, held: bool) -> None:
+    options, make = Options(), lr_spike.MODELS[model]
+    spiked = range(50, options.steps if held else 51)
+    twin = lr_spike.train(make, 0, "plain", range(0), 1, options)
+    clamped = lr_spike.train(make, 0, "clamp", spiked, 10_000, options)
+    plain = lr_spike.train(make, 0, "plain", spiked, 10_000, options)
+    clipped = lr_spike.train(make, 0, "clip", spiked, 10_000, options)
+    assert clamped.accuracy > (0.92 if held else twin.accuracy - 0.015)
+    assert plain.accuracy < 0.75
+    assert clipped.accuracy < 0.75
+
+
+def test_convolutional_net_keeps_the_training_loss_of_its_twin(lr_spike: Any) -> None:
+    options, make = Options(steps=65), lr_spike.MODELS["cnn"]
+    twin = lr_spike.train(make, 0, "plain", range(0), 1, options)
+    clamped = lr_spike.train(make, 0, "clamp", range(50, 51), 10_000, options)
+    plain = lr_spike.train(make, 0, "plain", range(50, 51), 10_000, options)
+    assert clamped.loss < 1.1 * twin.loss
+    assert plain.loss > 10 * twin.loss
+
+
+class FullBatch(Dataset[Any]):
+    """The digits, all of them, so many times."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.inputs, self.labels, self.test_inputs, self.test_labels = digits()
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs, self.labels
+
+
+class Spiked(pl.LightningModule):
+    """Adam whose rate is 10,000 times too high at step 50."""
+
+    def __init__(self, net: nn.Module, options: Options) -> None:
+        super().__init__()
+        self.net, self.options = net, options
+        self.last_loss = math.nan
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        rate = self.options.lr * (10_000 if self.global_step == 50 else 1)
+        self.trainer.optimizers[0].param_groups[0]["lr"] = rate
+        loss = F.cross_entropy(self.net(inputs), labels)
+        self.last_loss = loss.item()
+        return loss
+
+    def configure_optimizers(self) -> Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.options.lr)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lightning_callback_does_what_attach_does(lr_spike: Any) -> None:
+    options = Options()
+    expected = lr_spike.train(lr_spike.Transformer, 0, "clamp", range(50, 51), 10_000, options)
+    torch.manual_seed(0)
+    module = Spiked(lr_spike.Transformer(), options)
+    callback = RedlineCallback(monitors=[], controllers=[redline.StepClamp(max_samples=None)])
+    trainer = pl.Trainer(
+        max_steps=options.steps,
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(data := FullBatch(options.steps), batch_size=None))
+    with torch.no_grad():
+        accuracy = (module.net(data.test_inputs).argmax(-1) == data.test_labels).float().mean().item()
+    assert (accuracy, module.last_loss) == (expected.accuracy, expected.loss), "to the bit"
+    assert callback.session is not None
+    assert {50} <= {one.step for one in callback.session.interventions}
