@@ -51,7 +51,7 @@ class Reject:
         reason: what was seen, in words, as for a scale.
         saw: the numbers behind it.
         when: whether to, 0-d bool if a tensor. On an accelerator the parameters are taken back there, and the run stops
-            before its next update, when the value is on the host.
+            ahead of an update once the value is on the host.
     """
 
     reason: str

@@ -18,7 +18,7 @@ from redline.controller import Decision, Reject, Scale
 from redline.readings import Readings, to_host
 
 _MOST_KEPT = 10_000
-_MOST_UNTOLD = 512
+_MOST_UNTOLD = 64
 
 
 @dataclass(frozen=True)

@@ -106,13 +106,17 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def keep(self) -> None:
         """Copy them as they stand."""
-        norms = (m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training)
-        self._kept = [(buffer, buffer.detach().clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+        self._kept = [
+            (buffer, buffer.detach().clone())
+            for norm in self._norms
+            if norm.training
+            for buffer in norm.buffers(recurse=False)
+        ]
 
     def restore(self) -> None:
         """Put them back."""

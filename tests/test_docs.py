@@ -15,10 +15,11 @@ def test_the_metrics_page_is_up_to_date():
     assert page.PAGE.read_text() == page.render(), "run: python docs/render_metrics.py"
 
 
-def test_every_monitor_has_a_row_in_the_readme():
+def test_every_monitor_and_controller_has_a_row_in_the_readme():
     readme = (ROOT / "README.md").read_text()
-    for monitor in redline.default_monitors():
-        assert f"| `{type(monitor).__name__}` |" in readme
+    for module in (redline.monitors, redline.controllers):
+        for name in module.__all__:
+            assert name == "default_monitors" or f"| `{name}` |" in readme, name
 
 
 def test_links_of_the_readme_lead_somewhere():

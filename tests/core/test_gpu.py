@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -91,3 +92,62 @@ def test_r_agrees_with_the_cpu():
             train(model, batches(1, device), optimizer)
         sizes.append(session.latest.value("redline_normalized_step_size"))
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-3)
+
+
+def test_clamp_on_the_device_commits_what_it_commits_on_the_host():
+    there = language_model(dropout=0.0)
+    here = copy.deepcopy(there).cpu()
+    ends = []
+    for model, device in ((there, "cuda"), (here, "cpu")):
+        optimizer = torch.optim.SGD(model.parameters(), lr=30.0)
+        with redline.attach(model, optimizer, monitors=[], controllers=[redline.StepClamp()]) as session:
+            train(model, batches(1, device), optimizer)
+        (held,) = session.interventions
+        ends.append((held.saw["r"], torch.cat([p.detach().flatten().cpu() for p in model.parameters()])))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-3)
+    torch.testing.assert_close(ends[0][1], ends[1][1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("controllers", "waits"),
+    [
+        (lambda: [redline.StepClamp()], 0),
+        (lambda: [redline.NonFiniteGuard(), redline.SpikeGuard(), redline.StepClamp()], 1),
+    ],
+)
+def test_controllers_wait_at_most_once_a_step(controllers, waits):
+    model = language_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with redline.attach(model, optimizer, monitors=[], controllers=controllers()) as session:
+        for step, tokens in enumerate(batches(8, "cuda")):
+            loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            session.observe(loss=loss)
+            loss.backward()
+            with warnings.catch_warnings(record=True) as waited:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    optimizer.step()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            if step > 1:  # the first tangent is checked once, which waits
+                assert sum("synchronizing" in str(one.message) for one in waited) <= waits
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("memory", ["device", "host"])
+def test_roll_back_on_the_device(memory):
+    model = language_model(dropout=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    guard = redline.SpikeGuard(patience=0, every=100, memory=memory)
+    at_start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with redline.attach(model, optimizer, monitors=[], controllers=[guard]) as session:
+        for step, tokens in enumerate(batches(4, "cuda")):
+            loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            session.observe(loss=loss * float("nan") if step == 3 else loss)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [one.action for one in session.interventions] == ["rollback"]
+    assert all(torch.equal(tensor, at_start[name]) for name, tensor in model.state_dict().items())
+    assert not optimizer.state
