@@ -125,12 +125,14 @@ class ParameterNames:
             )
 
     def of(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """The parameters that a step of this optimizer can move, by name; read anew, since groups can be added."""
+        """The parameters that a step of this optimizer can move, by name."""
+        return {n: p for n, p in self.held_by(optimizer).items() if p.requires_grad or p.grad is not None}
+
+    def held_by(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """All parameters of this optimizer, by name; read anew, since groups can be added."""
         found: dict[str, Tensor] = {}
         for g, group in enumerate(optimizer.param_groups):
             for k, parameter in enumerate(group["params"]):
-                if not parameter.requires_grad and parameter.grad is None:
-                    continue
                 if id(parameter) not in self._names:
                     self._refresh()
                 if id(parameter) not in self._names:

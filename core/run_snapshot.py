@@ -68,7 +68,8 @@ class RunSnapshot:
             torch.cuda.synchronize()  # copies to pinned memory may still be under way
         live = self._read_tensors()
         for name, kept in self._kept["tensors"].items():
-            live[name].detach().copy_(kept)
+            if name in live:  # not frozen or taken away since
+                live[name].detach().copy_(kept)
         for optimizer, state in zip(self._optimizers, self._kept["optimizers"], strict=True):
             state.restore(optimizer, groups=bool(self._schedulers))
         for scheduler, state in zip(self._schedulers, self._kept["schedulers"], strict=True):

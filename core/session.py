@@ -35,6 +35,7 @@ from redline.step import Step
 from redline.tangent_probe import TangentProbe
 from redline.transaction import StepTransaction
 
+_STATE_VERSION = 2
 _SETTLED = 10  # steps before the overhead is a reading: the first pays for what later ones reuse
 _SEED = 0x5EED  # of Redline's own random columns; the run's streams are never drawn from
 
@@ -183,7 +184,7 @@ class Session:
         """What a resumed run needs: step count, counters, history, and the state of monitors and controllers."""
         _ = self.latest
         return {
-            "version": 1,
+            "version": _STATE_VERSION,
             "index": self._index,
             "readings": self._readings.state_dict(),
             "history": self._history.state_dict(),
@@ -199,10 +200,10 @@ class Session:
         Raises:
             ConfigurationError: the state is of a version this Redline does not know.
         """
-        if state.get("version") != 1:
+        if state.get("version") != _STATE_VERSION:
             raise ConfigurationError(
-                f"got a session state of version {state.get('version')!r}; expected 1. Was it "
-                "written by a newer Redline?"
+                f"got a session state of version {state.get('version')!r}; expected {_STATE_VERSION}. Was it written by "
+                "another version of Redline?"
             )
         self._index = state["index"]
         self._readings.load_state_dict(state["readings"])
@@ -388,7 +389,12 @@ class Session:
 
     def _live_tensors(self) -> dict[str, Tensor]:
         """What training changes: the parameters that the optimizers move, and the buffers, by name."""
-        moved = {name: p for optimizer in self._optimizers for name, p in self._names.of(optimizer).items()}
+        moved = {
+            name: parameter
+            for optimizer in self._optimizers
+            for name, parameter in self._names.held_by(optimizer).items()
+            if parameter.requires_grad or parameter in optimizer.state  # frozen for now, as Lightning toggles them
+        }
         return {**moved, **dict(self._model.named_buffers())}
 
     def _take_tangent(self, update: Mapping[str, Tensor], max_samples: int | None) -> Any:

@@ -513,7 +513,8 @@ def test_a_step_without_a_forward_is_left_alone_once_one_was_measured() -> None:
             else:
                 run.update()  # said once; again would be an error here
         assert run.everything == alone.everything
-        assert "redline_committed_step_size" not in session.latest
+        assert session.latest.measured_at[redline.Series("redline_committed_step_size")] == 0
+        assert session.latest.value("redline_step_scale") == 1
     assert len(session.interventions) == 1
 
 
@@ -981,8 +982,8 @@ def test_on_an_accelerator_all_three_wait_once_a_step(
 
 @pytest.mark.parametrize(
     "controllers",
-    [lambda: [NonFiniteGuard()], lambda: [StepClamp()], all_three, lambda: [StepClamp(), NonFiniteGuard()]],
-    ids=["guard", "clamp", "all three", "clamp and guard"],
+    [lambda: [NonFiniteGuard()], all_three, lambda: [StepClamp(), NonFiniteGuard()]],
+    ids=["guard", "all three", "clamp and guard"],
 )
 @pytest.mark.parametrize("optimizers", [sgd, adamw, muon_and_adamw], ids=lambda make: make.__name__)
 def test_on_an_accelerator_an_update_that_is_not_finite_is_taken_back_at_once_and_the_run_stops_before_its_next(
@@ -1011,6 +1012,27 @@ def test_on_an_accelerator_an_update_that_is_not_finite_is_taken_back_at_once_an
         assert frozen(run.parameters) == before
         assert run.everything[1][0]["state"] == state[1][0]["state"]
     assert (session.interventions[-1].step, session.interventions[-1].action) == (1, "reject")
+
+
+def test_on_an_accelerator_the_clamp_alone_waits_for_nothing_and_the_run_stops_once_the_rejection_is_read(
+    accelerated: Callable[[], None],
+) -> None:
+    accelerated()
+    run = prepared(sgd)
+    with run.attach(StepClamp()) as session:
+        run.step(3)
+        before = frozen(run.parameters)
+        rate = run.optimizers[0].param_groups[0]["lr"]
+        run.optimizers[0].param_groups[0]["lr"] = math.nan
+        for seed in (4, 5):
+            run.step(seed)
+            assert frozen(run.parameters) == before
+        run.optimizers[0].param_groups[0]["lr"] = rate
+        assert [(one.step, one.action) for one in session.interventions] == [(1, "reject"), (2, "reject")]
+        run.backward(6)
+        with pytest.raises(RunStoppedError, match=r"StepClamp rejected step \d: the update was not finite"):
+            run.update()
+        assert frozen(run.parameters) == before
 
 
 def test_on_an_accelerator_a_restored_state_makes_a_rejected_step_no_step(accelerated: Callable[[], None]) -> None:
