@@ -127,8 +127,9 @@ class RunningStatistics:
 
 def _set_rates(scheduler: Any) -> None:
     """Rates as the scheduler says: those in the groups may have been spiked in the very step of the snapshot."""
-    optimizer, rates = getattr(scheduler, "optimizer", None), getattr(scheduler, "get_last_lr", list)()
-    for group, rate in zip(optimizer.param_groups if optimizer else (), rates, strict=False):
+    if not (hasattr(scheduler, "optimizer") and hasattr(scheduler, "get_last_lr")):
+        return
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=False):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
         else:
