@@ -134,11 +134,12 @@ class Control:
                     self._reject(step, name, decision)
                     return
                 taken.append((name, decision))
-                step.update_changed()
-                # A rejection that only the device knows of is a scale of 0 until the host hears of it.
-                factor = (
-                    decision.factor if isinstance(decision, Scale) else 1.0 - torch.as_tensor(decision.when).float()
-                )
+                if isinstance(decision, Reject):
+                    # Only the device knows: a scale of 0 or 1. What was measured of the update holds, or is idle.
+                    factor: float | Tensor = 1.0 - torch.as_tensor(decision.when).float()
+                else:
+                    factor = decision.factor
+                    step.update_changed()
                 if isinstance(decision, Scale) and decision.parameter is not None:
                     self._scale_one(name, factor, decision.parameter)
                     size = None  # r of what is left is known only if someone measures it
@@ -146,9 +147,10 @@ class Control:
                     self._transaction.scale(factor)
                     scale, size = scale * factor, None if size is None else _times(size, factor)
         self._transaction.commit()
+        if taken:
+            step.update_changed()  # and so did the weights
         for name, decision in taken:
             self.log.add(step.index, name, decision)
-            step.update_changed()  # and so did the weights
         if size is not None or taken:
             self._read_out(scale, size)
         else:
