@@ -19,8 +19,8 @@ class NonFiniteGuard(Controller):
 
     A withheld step is a no-op: parameters, moments, step counters, decay and the running statistics of normalization
     layers stay as they were, for all optimizers of the joint step. A rejected one leaves the parameters as they were;
-    the optimizer's state has seen it and comes back only with ``restore_state``, otherwise the run stops. A step that
-    a GradScaler has the optimizer skip for an overflow is left to it.
+    the optimizer's state has seen it and comes back only with ``restore_state``, otherwise the run stops. Under a
+    GradScaler gradients are left to it: it skips a step for each optimizer by itself.
     """
 
     needs: ClassVar[Need] = Need.GRADIENTS | Need.UPDATE
@@ -30,7 +30,7 @@ class NonFiniteGuard(Controller):
 
         Args:
             stop_after: so many steps in a row that are not finite stop the run, with the layers' names. The default is
-                Redline's choice: more than the 16 halvings in which a GradScaler finds its first scale.
+                Redline's choice.
             restore_state: copy the optimizers' state ahead of each step, so that a rejected update does not end the
                 run. It costs that copy, in time and in memory, and on an accelerator a second wait.
 
@@ -44,8 +44,10 @@ class NonFiniteGuard(Controller):
 
     def before_update(self, step: Step) -> Withhold | Stop | None:
         """Withhold gradients that are not finite."""
+        if step.index == 0:
+            self._in_a_row = 0  # a session begins; the guard may have served another before
         norm = step.start.gradient_norm
-        broken = norm is not None and not math.isfinite(norm) and not step.start.overflow
+        broken = norm is not None and not math.isfinite(norm) and not step.start.scaled
         self._in_a_row += broken
         if not broken and self._in_a_row < self.stop_after:
             return None
@@ -86,6 +88,6 @@ def _where(step: Step) -> str:
     ).tolist()
     broken = [name for name, good in zip(gradients, finite, strict=True) if not good]
     if not broken:
-        return "their norm overflowed"
+        return "outside the model" if math.isnan(step.start.gradient_norm or 0.0) else "their norm overflowed"
     last = f", the last {broken[-1]}" if len(broken) > 1 else ""
     return f"{len(broken)} of {len(gradients)} parameters, the first {broken[0]}{last}"

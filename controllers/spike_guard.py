@@ -75,12 +75,19 @@ class SpikeGuard(Controller):
         self.max_roll_backs, self.every = max_roll_backs, every
         self.memory, self.in_checkpoints = memory, in_checkpoints
         self._losses: deque[float] = deque(maxlen=window)
+        self._begin()
+
+    def _begin(self) -> None:
+        """A session begins; the guard may have served another before."""
+        self._losses.clear()
         self._jumps = 0  # in a row
         self._kept_at: int | None = None
         self._has_seen_losses = False
 
     def before_update(self, step: Step) -> Withhold | RollBack | Stop | Keep | None:
         """Hold the loss against the last good ones."""
+        if step.index == 0:
+            self._begin()
         loss = step.start.loss
         if loss is None:
             if not self._has_seen_losses:
@@ -103,7 +110,9 @@ class SpikeGuard(Controller):
         if self._jumps > self.patience + self.max_roll_backs:
             self._jumps = 0
             if not math.isfinite(loss):
-                return Stop(f"{seen}, and {self.max_roll_backs} roll-backs did not help.", saw)
+                helpless = "there was no good step to go back to"
+                tried = helpless if self._kept_at is None else f"{self.max_roll_backs} roll-backs did not help"
+                return Stop(f"{seen}, and {tried}.", saw)
             self._losses.clear()
             self._losses.append(loss)
             return Withhold(

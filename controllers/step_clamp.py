@@ -23,8 +23,9 @@ class StepClamp(Controller):
     optimizer's own, bit for bit. Moments and step counters have advanced as for the whole step; decoupled weight decay
     is part of the update and is scaled with it. Under gradient accumulation r is that of the last micro-batch.
 
-    An update that is not finite is rejected; one that cannot be measured (no forward in training mode since the last
-    step, a position with NaN logits) is left alone, and a warning says so once. Source: arXiv 2603.13552, section 5.
+    An update that is not finite is rejected. One that cannot be measured, for want of a forward in training mode since
+    the last step, is left alone, and a warning says so once. Positions whose logits are NaN say nothing of the step and
+    do not count. Source: arXiv 2603.13552, section 5.
     """
 
     needs: ClassVar[Need] = Need.TANGENT
@@ -68,7 +69,7 @@ class StepClamp(Controller):
         tau = step.update.norm
         tangent = step.tangent(self.max_samples)
         if tangent is None:
-            if not self._has_measured:
+            if step.index == 0 or not self._has_measured:
                 raise ConfigurationError(
                     "got no logits to measure the first step by (a warning above says why); expected the model, or the "
                     "module that gives the logits, to be called in training mode before the step. Pass module= and "
@@ -76,7 +77,8 @@ class StepClamp(Controller):
                 )
             return []
         self._has_measured = True
-        r = normalized_step_size(tangent.tangent, tangent.mask, self._quantile)
+        told = ~tangent.tangent.isnan().any(-1)
+        r = normalized_step_size(tangent.tangent, told if tangent.mask is None else told & tangent.mask, self._quantile)
         factor = torch.where(r > self.max_r, self.max_r / r, 1.0)
         saw: dict[str, Number] = {"r": r, "max_r": self.max_r, "scale": factor, "update_norm": tau}
         return [

@@ -54,6 +54,9 @@ class ForwardCapture:
         self._of_children: list[RemovableHandle] = []
         if module is not None:
             self._handles.append(self._watch(module, _submodule(self._root, module)))
+            if module and _has_forward(self._root):
+                hook = ForwardHook(self._on_outer_call)
+                self._handles.append(model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
             return
         if _has_forward(self._root):
             self._handles.append(self._watch("", model))
@@ -88,6 +91,11 @@ class ForwardCapture:
         # Ahead of the user's own hooks on the inputs: calling the module again runs those again.
         hook = ForwardHook(partial(self._on_call, name, unwrapped(target)))
         return target.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+
+    def _on_outer_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model is called around the watched submodule: what comes ahead of that belongs to the step, too."""
+        if module.training and torch.is_grad_enabled() and not _is_redirected(module):
+            self._before_forward()
 
     def _on_call(
         self, name: str, module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

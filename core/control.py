@@ -79,7 +79,8 @@ class Control:
     def open(self, step: Step) -> None:
         """After backward, before the first update of the joint step: whether there is to be one.
 
-        All are asked, since guards learn from every step; a roll-back outranks withholding.
+        All are asked, since guards learn from every step. The first roll-back outranks what else is decided: it may
+        save a run that another would stop.
         """
         answers = [
             (name, answer)
@@ -89,23 +90,24 @@ class Control:
         if (found := self.log.rejection) is not None:
             self.log.rejection = None
             raise RunStoppedError(_rejected(found))
+        back = next(((name, answer) for name, answer in answers if isinstance(answer, RollBack)), None)
         for name, answer in answers:
-            if isinstance(answer, RollBack) and not self._snapshots[name].taken:
-                raise ConfigurationError(
-                    f"got a roll-back from {name}, which has kept no snapshot; expected Keep first."
-                )
             if isinstance(answer, Keep):
                 self._snapshots[name].take(step.index, answer.memory, answer.in_checkpoints)
-                continue
+            elif isinstance(answer, Withhold) or (back is None and isinstance(answer, Stop)):
+                step.withheld = True
+                self._statistics.restore()
+                told = self.log.tell(step.index, name, answer)
+                if isinstance(answer, Stop):
+                    raise RunStoppedError(f"{name} stopped the run at step {step.index}: {told.reason}")
+        if back is not None:
             step.withheld = True
-            self.log.add(step.index, name, answer)
-            if isinstance(answer, Stop):
-                raise RunStoppedError(f"{name} stopped the run at step {step.index}: {self.log.latest[-1].reason}")
-        back_to = next((self._snapshots[name] for name, answer in answers if isinstance(answer, RollBack)), None)
-        if back_to is not None:
-            back_to.restore()
-        elif step.withheld:
-            self._statistics.restore()
+            if not self._snapshots[back[0]].taken:
+                raise ConfigurationError(
+                    f"got a roll-back from {back[0]}, which kept no snapshot; expected Keep first."
+                )
+            self._snapshots[back[0]].restore()
+            self.log.tell(step.index, *back)
 
     def before_update(self, step: Step, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
         """Ahead of each optimizer's update: set its gradients aside, snapshot its state."""
@@ -216,10 +218,11 @@ class Control:
         self._transaction.scale(0.0)
         self._transaction.commit()
         step.update_changed()
-        self.log.add(step.index, name, decision)
+        self._statistics.restore()
+        rejected = self.log.tell(step.index, name, decision)
         self._read_out(0.0, 0.0)
         if not self._states:
-            raise RunStoppedError(_rejected(self.log.latest[-1]))
+            raise RunStoppedError(_rejected(rejected))
         for optimizer, state in self._states:
             state.restore(optimizer)
 

@@ -73,7 +73,7 @@ class InterventionLog:
         if isinstance(decision, (Scale, Reject)) and not all(map(is_on_host, _tensors(decision))):
             self._untold.append((step, controller, decision))
         else:
-            self._tell(step, controller, decision)
+            self.tell(step, controller, decision)
 
     def read(self, tensors: Sequence[Tensor] = ()) -> list[float]:
         """Bring 0-d tensors to the host, and in the same copy what is still untold of earlier decisions."""
@@ -89,9 +89,9 @@ class InterventionLog:
             )
             known = replace(decision, saw=dict(zip(decision.saw, saw, strict=True)))
             if isinstance(known, Reject) and verdict:
-                self.rejection = self._tell(step, controller, known)
+                self.rejection = self.tell(step, controller, known)
             elif isinstance(known, Scale) and verdict != 1:
-                self._tell(step, controller, known)
+                self.tell(step, controller, known)
         return found
 
     @property
@@ -116,7 +116,8 @@ class InterventionLog:
         self.latest = deque((Intervention(**one) for one in state["latest"]), maxlen=_MOST_KEPT)
         self._tallies = {(one["controller"], one["action"]): Tally(**one) for one in state["tallies"]}
 
-    def _tell(self, step: int, controller: str, decision: Decision) -> Intervention:
+    def tell(self, step: int, controller: str, decision: Decision) -> Intervention:
+        """Remember a decision now, whatever the wait."""
         saw = {key: float(value) for key, value in decision.saw.items()}
         one = Intervention(step, controller, action(type(decision)), _filled_in(decision.reason, saw), saw)
         self.latest.append(one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,13 +130,17 @@ def joint_norm(norms: Iterable[Tensor]) -> Tensor | None:
     return parts[0] if len(parts) == 1 else torch.nn.utils.get_total_norm(parts) if parts else None
 
 
-def overflow(optimizer: Optimizer) -> Tensor | None:
-    """Whether a GradScaler found this step's gradients to have overflowed, 0-d, where the optimizer skips it itself.
+def is_stepped_by_scaler() -> bool:
+    """Whether a GradScaler is what calls the optimizer: gradients that are not finite are its to skip.
 
-    Fused optimizers do; of others the scaler does not call ``step``.
+    It leaves no mark on optimizers that are not fused, so the calls that lead here are looked at.
     """
-    found: Tensor | None = getattr(optimizer, "found_inf", None)
-    return found
+    frame, step = sys._getframe(), torch.amp.GradScaler.step.__code__
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if frame.f_code is step:
+            return bool(frame.f_locals["self"].is_enabled())
+    return False
 
 
 @dataclass

@@ -52,9 +52,8 @@ class RunSnapshot:
     @property
     def bytes(self) -> int:
         """What the copies take up."""
-        leaves = (
-            tree_leaves([self._kept["tensors"], [vars(one) for one in self._kept["optimizers"]]]) if self._kept else []
-        )
+        kept = self._kept or {"optimizers": []}
+        leaves = tree_leaves([{**kept, "optimizers": [vars(state) for state in kept["optimizers"]]}])
         return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
     def restore(self) -> None:
@@ -74,7 +73,10 @@ class RunSnapshot:
             state.restore(optimizer, groups=bool(self._schedulers))
         for scheduler, state in zip(self._schedulers, self._kept["schedulers"], strict=True):
             scheduler.load_state_dict(copy.deepcopy(state))
-            _set_rates(scheduler)
+        owners = [getattr(scheduler, "optimizer", None) for scheduler in self._schedulers]
+        for scheduler, owner in zip(self._schedulers, owners, strict=True):
+            if owner is not None and owners.count(owner) == 1:
+                _set_rates(scheduler)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint carries: all of it, or nothing."""
@@ -127,7 +129,7 @@ class RunningStatistics:
 
 def _set_rates(scheduler: Any) -> None:
     """Rates as the scheduler says: those in the groups may have been spiked in the very step of the snapshot."""
-    if not (hasattr(scheduler, "optimizer") and hasattr(scheduler, "get_last_lr")):
+    if not hasattr(scheduler, "get_last_lr"):
         return
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=False):
         if isinstance(group["lr"], Tensor):

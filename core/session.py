@@ -24,7 +24,14 @@ from redline.interventions import Intervention
 from redline.loss_kind import refuse_other_losses
 from redline.monitor import Monitor, Need
 from redline.notes import Notes
-from redline.optimizers import gradient_norm, joint_norm, numbered, optimizer_labels, overflow, refuse_in_backward
+from redline.optimizers import (
+    gradient_norm,
+    is_stepped_by_scaler,
+    joint_norm,
+    numbered,
+    optimizer_labels,
+    refuse_in_backward,
+)
 from redline.own_time import OwnTime
 from redline.parameters import ParameterNames, matrix_layers
 from redline.readings import Readings, RunInfo, Snapshot
@@ -202,8 +209,8 @@ class Session:
         """
         if state.get("version") != _STATE_VERSION:
             raise ConfigurationError(
-                f"got a session state of version {state.get('version')!r}; expected {_STATE_VERSION}. Was it written by "
-                "another version of Redline?"
+                f"got a session state of version {state.get('version')!r}; expected {_STATE_VERSION}. Was it written "
+                "by another version of Redline?"
             )
         self._index = state["index"]
         self._readings.load_state_dict(state["readings"])
@@ -268,7 +275,7 @@ class Session:
                 if self._step is None:
                     step = self._begin()
                     self._measure_gradients(step, self._optimizers)
-                    step.loss, step.overflow = self._loss, overflow(optimizer)
+                    step.loss, step.scaled = self._loss, bool(self._controllers) and is_stepped_by_scaler()
                     self._control.open(step)
                 else:
                     step = self._step

@@ -33,12 +33,12 @@ class StepStart(NamedTuple):
     Attributes:
         loss: as it was observed, or None.
         gradient_norm: of all optimizers' gradients, or None where no one needed it.
-        overflow: whether a GradScaler found the gradients to have overflowed and the optimizer skips the step itself.
+        scaled: whether a GradScaler steps the optimizer: gradients that are not finite are its to skip.
     """
 
     loss: float | None
     gradient_norm: float | None
-    overflow: bool
+    scaled: bool
 
 
 class Step:
@@ -49,7 +49,7 @@ class Step:
         loss: as it was observed, 0-d, or None.
         gradient_norm: L2 norm of all optimizers' gradients, 0-d; None where no one needed it. Before the update,
             gradients that AMP unscales only at a later optimizer's own step still carry the loss scale.
-        overflow: 0-d, not 0 where a GradScaler has a fused optimizer skip this step; None without one.
+        scaled: whether a GradScaler steps the optimizer.
         groups: ``(optimizer label, group label, group)`` of every parameter group.
         layers: the model's matrices.
         withheld: whether a controller set the gradients aside: there is no update then.
@@ -69,7 +69,7 @@ class Step:
         self.index, self.groups, self.layers = index, groups, layers
         self.loss: Tensor | None = None
         self.gradient_norm: Tensor | None = None
-        self.overflow: Tensor | None = None
+        self.scaled = False
         self.withheld = False
         self._read_weights, self._read_update, self._to_host = read_weights, read_update, to_host
         self._start: StepStart | None = None
@@ -80,14 +80,12 @@ class Step:
 
     @property
     def start(self) -> StepStart:
-        """Loss, gradient norm and overflow on the host: all in one copy, the one wait of a step, before the update."""
+        """Loss and gradient norm on the host: both in one copy, the one wait of a step, before the update."""
         if self._start is None:
-            asked = {"loss": self.loss, "gradient_norm": self.gradient_norm, "overflow": self.overflow}
+            asked = {"loss": self.loss, "gradient_norm": self.gradient_norm}
             given = {name: tensor for name, tensor in asked.items() if tensor is not None}
             numbers = dict(zip(given, self._to_host(list(given.values())), strict=True))
-            self._start = StepStart(
-                numbers.get("loss"), numbers.get("gradient_norm"), bool(numbers.get("overflow", 0.0))
-            )
+            self._start = StepStart(numbers.get("loss"), numbers.get("gradient_norm"), self.scaled)
         return self._start
 
     @property

@@ -104,7 +104,6 @@ class RedlineCallback(Callback):
         """Read the loss, before the division by accumulation and the loss scale that Lightning put on it."""
         if self.session is None:
             return
-        loss = loss.detach()
         if pl_module.automatic_optimization:
             loss = loss * trainer.accumulate_grad_batches
         scaler = getattr(trainer.precision_plugin, "scaler", None)

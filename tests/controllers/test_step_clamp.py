@@ -347,6 +347,15 @@ def test_quantile_is_the_smallest_spread_that_so_many_do_not_exceed(
     assert float(found) == pytest.approx(expected / math.pi, rel=1e-12)
 
 
+def test_quantile_falls_to_no_rounding() -> None:
+    """7 % of 100 are 7, and not the 7.000000000000001 of floating point; every percentage of every number."""
+    for positions in range(1, 101):
+        tangent = torch.arange(1, positions + 1, dtype=torch.float64).reshape(-1, 1)
+        for percent in range(1, 101, 1 if positions % 25 == 0 else 7):
+            rank = -(-percent * positions // 100)
+            assert round(float(normalized_step_size(tangent, None, percent / 100)) * math.pi, 9) == rank
+
+
 def test_quantile_of_many_positions_in_more_dimensions() -> None:
     generator = np.random.default_rng(0)
     tangent = generator.normal(size=(40, 50, 7))
@@ -518,20 +527,34 @@ def test_a_step_without_a_forward_is_left_alone_once_one_was_measured() -> None:
     assert len(session.interventions) == 1
 
 
-def test_positions_with_nan_logits_are_left_alone_and_a_warning_says_so_once() -> None:
+def test_positions_with_nan_logits_say_nothing_and_the_others_hold_the_step() -> None:
+    """As though they had been masked."""
+
     def broken(output: Tensor) -> Tensor:
         return torch.cat([output[:1] * math.nan, output[1:]])
 
-    alone, run = Run(), Run()
-    with run.attach(StepClamp(1e-3), logits=broken) as session:
-        alone.step(1)
-        with pytest.warns(RedlineWarning):
+    def masked(output: Tensor) -> tuple[Tensor, Tensor]:
+        return output, torch.arange(len(output)) > 0
+
+    held = []
+    for logits in (broken, masked):
+        run = Run()
+        with run.attach(StepClamp(1e-3), logits=logits) as session:
             run.step(1)
-        alone.step(2)
-        run.step(2)
+        (one,) = session.interventions
+        held.append((one.saw["r"], run.everything))
+    assert held[0][0] == pytest.approx(held[1][0], rel=1e-6)
+    assert held[0] == held[1]
+
+
+def test_step_of_which_no_position_says_anything_is_left_alone() -> None:
+    alone, run = Run(), Run()
+    with run.attach(StepClamp(1e-3), logits=lambda output: output * math.nan) as session:
+        for seed in (1, 2):
+            alone.step(seed)
+            run.step(seed)
     assert run.everything == alone.everything
     assert session.interventions == ()
-    assert len(session.notes) == 1
 
 
 # Steps that are not finite ----------------------------------------------------------------------------------------
