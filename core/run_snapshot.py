@@ -63,8 +63,7 @@ class RunSnapshot:
         scheduler that goes on would bend its course.
         """
         assert self._kept is not None
-        if self.memory == "host" and torch.cuda.is_available():
-            torch.cuda.synchronize()  # copies to pinned memory may still be under way
+        self._wait()
         live = self._read_tensors()
         for name, kept in self._kept["tensors"].items():
             if name in live:  # not frozen or taken away since
@@ -78,10 +77,16 @@ class RunSnapshot:
             if owner is not None and owners.count(owner) == 1:
                 _set_rates(scheduler)
 
+    def _wait(self) -> None:
+        """For copies to pinned memory, which may still be under way."""
+        if self.memory == "host" and torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint carries: all of it, or nothing."""
         if self._kept is None or not self.in_checkpoints:
             return {}
+        self._wait()
         return {
             "step": self.step,
             "memory": self.memory,

@@ -293,7 +293,7 @@ def test_a_run_that_was_cut_equals_one_that_was_not(
 
 
 @pytest.mark.parametrize("optimizers", [adamw_foreach, adamw_fused, muon_and_adamw])
-@pytest.mark.parametrize("cut", [22, 25, 31])
+@pytest.mark.parametrize("cut", [25, 31])
 def test_any_optimizer_resumes_with_all_three(optimizers: Callable[[nn.Module], list[Optimizer]], cut: int) -> None:
     incidents = {20: "nan", 24: "parameters", 30: "batch", 32: "nan"}
     through = Run(optimizers, all_three(), incidents)
@@ -383,13 +383,16 @@ def test_a_state_with_other_schedulers_is_refused_when_it_is_loaded_and_not_in_t
     )
     for part, other in zip((second.model, *second.optimizers), (first.model, *first.optimizers), strict=True):
         part.load_state_dict(other.state_dict())
+    refusal = ""
     try:
         second.session.load_state_dict(state)
-    except redline.ConfigurationError as refused:
-        assert "schedulers" in str(refused)  # noqa: PT017 either way is fine
-        return
-    second.steps(22, 30)
-    assert guards_did(second.session) == {"withhold": [24], "rollback": [25]}
+    except redline.ConfigurationError as error:
+        refusal = str(error)
+    if refusal:
+        assert "schedulers" in refusal
+    else:
+        second.steps(22, 30)
+        assert guards_did(second.session) == {"withhold": [24], "rollback": [25]}
 
 
 # Lightning ----------------------------------------------------------------------------------------
