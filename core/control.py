@@ -159,8 +159,9 @@ class Control:
             self._readings.gauge(metrics.STEP_SCALE, scale)
 
     def forget(self) -> None:
-        """The step has ended: its snapshots go."""
+        """The step has ended: its copies go."""
         self._states = []
+        self._statistics.forget()
 
     # State ----------------------------------------------------------------------------------------------------------
 

@@ -82,14 +82,17 @@ class InterventionLog:
             return []
         numbers = to_host([*tensors, *(tensor for _, _, decision in untold for tensor in _tensors(decision))])
         found = [next(numbers)[0] for _ in tensors]
+        rejected = None
         for step, controller, decision in untold:
             verdict, *saw = (
                 next(numbers)[0] if isinstance(value, Tensor) else value
                 for value in (_verdict(decision), *decision.saw.values())
             )
             known = replace(decision, saw=dict(zip(decision.saw, saw, strict=True)))
+            if step == rejected:
+                continue  # nothing else was decided on it
             if isinstance(known, Reject) and verdict:
-                self.rejection = self.tell(step, controller, known)
+                self.rejection, rejected = self.tell(step, controller, known), step
             elif isinstance(known, Scale) and verdict != 1:
                 self.tell(step, controller, known)
         return found
@@ -115,6 +118,7 @@ class InterventionLog:
         """Go on from a saved log."""
         self.latest = deque((Intervention(**one) for one in state["latest"]), maxlen=_MOST_KEPT)
         self._tallies = {(one["controller"], one["action"]): Tally(**one) for one in state["tallies"]}
+        self._untold, self.rejection = [], None
 
     def tell(self, step: int, controller: str, decision: Decision) -> Intervention:
         """Remember a decision now, whatever the wait."""

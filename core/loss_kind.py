@@ -8,7 +8,10 @@ from torch import Tensor
 
 from redline.errors import ConfigurationError
 
-_CROSS_ENTROPY = ("NllLoss", "LogSoftmax", "BinaryCrossEntropy", "LogSigmoid", "Logsumexp", "Softplus", "CtcLoss")
+_CROSS_ENTROPY = (
+    "NllLoss", "LogSoftmax", "BinaryCrossEntropy", "LogSigmoid", "Logsumexp", "Softplus", "CtcLoss",
+    "LogBackward",  # of a softmax, it may be
+)  # fmt: skip
 _REGRESSION = ("MseLoss", "SmoothL1Loss", "HuberLoss")
 _MOST_NODES = 10_000
 

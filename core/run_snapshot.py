@@ -131,6 +131,10 @@ class RunningStatistics:
         for buffer, kept in self._kept:
             buffer.copy_(kept)
 
+    def forget(self) -> None:
+        """The step has ended."""
+        self._kept = []
+
 
 def _set_rates(scheduler: Any) -> None:
     """Rates as the scheduler says: those in the groups may have been spiked in the very step of the snapshot."""

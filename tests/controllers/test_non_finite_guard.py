@@ -703,6 +703,56 @@ def test_a_large_loss_scale_is_no_overflow(optimizers: Callable[[nn.Module], lis
     assert run.everything == alone.everything
 
 
+# Around the step --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_without_a_forward_is_withheld_and_leaves_the_running_statistics_alone() -> None:
+    """Those kept ahead of an earlier step's forward are no longer the ones to go back to."""
+    run = Run()
+    with run.attach() as session:
+        run.step(batch(1))
+        before = run.everything
+        for parameter in run.model.parameters():
+            parameter.grad = torch.full_like(parameter, math.nan)
+        run.optimizers[0].step()
+    assert actions(session) == [(1, "withhold")]
+    assert run.everything == before
+
+
+def test_gradients_that_turn_bad_between_two_optimizers_of_one_step_are_rejected() -> None:
+    """The question whether to withhold is asked ahead of the first; of the second there is still the update to see."""
+    run = Run(muon_and_adamw)
+    with run.attach() as session:
+        run.step(batch(1))
+        before = run.parameters
+        for optimizer in run.optimizers:
+            optimizer.zero_grad()
+        x, y = batch(2)
+        F.cross_entropy(run.model(x), y).backward()
+        run.optimizers[0].step()
+        assert run.parameters != before
+        gradients_of(math.nan, "head.bias")(run.model)
+        with pytest.raises(RunStoppedError, match="rejected step 1"):
+            run.optimizers[1].step()
+    assert run.parameters == before, "of both"
+    assert actions(session) == [(1, "reject")]
+
+
+def test_whoever_goes_on_after_a_stop_still_has_what_other_controllers_kept() -> None:
+    """The stop comes at a step at which another guard takes its snapshot."""
+    run = Run()
+    guards = [NonFiniteGuard(stop_after=1), redline.SpikeGuard(patience=0)]
+    with redline.attach(run.model, run.optimizers, monitors=[], controllers=guards) as session:
+        session.observe(loss=1.0)
+        with pytest.raises(RunStoppedError):
+            run.step(batch(1), gradients_of(math.nan, "body.weight"))
+        before = run.parameters
+        session.observe(loss=math.nan)
+        run.step(batch(2))
+    assert run.parameters == before
+    assert actions(session)[-1][1] in ("withhold", "rollback")
+
+
 # Where the model is called in parts -------------------------------------------------------------------------------
 
 

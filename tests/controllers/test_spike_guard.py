@@ -742,6 +742,18 @@ def test_a_roll_back_outranks_withholding(first: int) -> None:
     assert_same(guarded.after[30], guarded.before[20])
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_snapshot_due_at_a_step_that_another_withholds_has_seen_nothing_of_its_batch(first: int) -> None:
+    controllers = [redline.SpikeGuard(patience=0), Withholding(20)]
+    guarded = Run(sgd, falling, [controllers[first], controllers[1 - first]])
+    guarded.steps(30)
+    assert guarded.session.report().snapshots[0].step == 20
+    assert differing(guarded.before[20], guarded.after[20]) == {"model"}  # the running statistics
+    guarded.step(spoil=["parameters"])
+    assert guarded.did == [(20, "withhold"), (30, "rollback")]
+    assert_same(guarded.after[30], guarded.after[20])
+
+
 # What it needs, and what it refuses ---------------------------------------------------------------
 
 

@@ -406,6 +406,17 @@ def test_r_is_of_so_many_samples_spread_over_the_batch(samples: int | None) -> N
     assert session.interventions[0].saw["r"] == pytest.approx(r, rel=1e-4)
 
 
+def test_where_batch_statistics_couple_the_samples_r_is_of_the_whole_batch() -> None:
+    alone, run = prepared(sgd, normalizing), prepared(sgd, normalizing)
+    before = run.parameters
+    alone.step(3)
+    each = spreads(alone.model, before, alone.parameters, batch(3)[0]) / math.pi
+    assert each[::4].max() < 0.99 * each.max(), "the samples that would have been taken"
+    with run.attach(StepClamp(1e-3, max_samples=4)) as session:
+        run.step(3)
+    assert session.interventions[0].saw["r"] == pytest.approx(each.max(), rel=1e-4)
+
+
 class Tagger(nn.Module):
     """One answer a word; where the word is 0 there is padding, whose logits move farther than all others'."""
 
@@ -563,6 +574,7 @@ def test_step_of_which_no_position_says_anything_is_left_alone() -> None:
 def overlong() -> tuple[Run, Callable[[Run], None]]:
     """A run, and a step of it whose update is finite, along which the logits' tangent is not."""
     run = Run(lambda model: [torch.optim.SGD(model.parameters(), 1e-10, momentum=0.9)], lambda: nn.Linear(4, 3))
+    run.model.get_parameter("bias").data[0] = -0.0  # whose sign a sum with 0 would lose
 
     def step(run: Run) -> None:
         run.optimizers[0].zero_grad()
@@ -940,9 +952,32 @@ def test_on_an_accelerator_an_infinite_r_commits_nothing(accelerated: Callable[[
     with run.attach(StepClamp()) as session:
         step(run)
         assert frozen(run.parameters) == before
+        assert session.latest.value("redline_committed_step_size") == 0
+        assert session.latest.value("redline_step_scale") == 0
         assert [(one.action, one.saw["r"], one.saw["scale"]) for one in session.interventions] == [
             ("scale", math.inf, 0)
         ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_on_an_accelerator_the_run_is_the_same_in_other_precisions(
+    dtype: torch.dtype, accelerated: Callable[[], None]
+) -> None:
+    def run() -> tuple[Any, str]:
+        one = Run(sgd, lambda: Answering(Tensor.float if dtype is torch.bfloat16 else Tensor.clone).to(dtype))
+        with one.attach(NonFiniteGuard(), StepClamp(0.1)) as session:
+            for seed in range(6):
+                one.optimizers[0].zero_grad()
+                one.optimizers[0].param_groups[0]["lr"] = 3.0 if seed % 2 else 1e-2
+                x, y = batch(seed)
+                F.cross_entropy(one.model(x.to(dtype)), y).backward()
+                one.update()
+            assert 0 < len(session.interventions) < 6
+            return one.everything, repr(session.interventions)
+
+    on_host = run()
+    accelerated()
+    assert run() == on_host
 
 
 class HostReads(TorchDispatchMode):
@@ -1034,7 +1069,7 @@ def test_on_an_accelerator_an_update_that_is_not_finite_is_taken_back_at_once_an
             run.update()
         assert frozen(run.parameters) == before
         assert run.everything[1][0]["state"] == state[1][0]["state"]
-    assert (session.interventions[-1].step, session.interventions[-1].action) == (1, "reject")
+    assert [(one.step, one.action) for one in session.interventions if one.step] == [(1, "reject")], "once"
 
 
 def test_on_an_accelerator_the_clamp_alone_waits_for_nothing_and_the_run_stops_once_the_rejection_is_read(
@@ -1056,6 +1091,23 @@ def test_on_an_accelerator_the_clamp_alone_waits_for_nothing_and_the_run_stops_o
         with pytest.raises(RunStoppedError, match=r"StepClamp rejected step \d: the update was not finite"):
             run.update()
         assert frozen(run.parameters) == before
+
+
+def test_on_an_accelerator_a_checkpoint_that_is_loaded_ends_a_rejection_that_nobody_read(
+    accelerated: Callable[[], None],
+) -> None:
+    accelerated()
+    run = prepared(sgd)
+    with run.attach(NonFiniteGuard()) as session:
+        run.step(3)
+        saved = copy.deepcopy((session.state_dict(), run.model.state_dict(), run.optimizers[0].state_dict()))
+        run.optimizers[0].param_groups[0]["lr"] = math.nan
+        run.step(4)
+        session.load_state_dict(saved[0])
+        run.model.load_state_dict(saved[1])
+        run.optimizers[0].load_state_dict(saved[2])
+        run.step(4)
+    assert session.interventions == ()
 
 
 def test_on_an_accelerator_a_restored_state_makes_a_rejected_step_no_step(accelerated: Callable[[], None]) -> None:
