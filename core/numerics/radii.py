@@ -67,7 +67,10 @@ def normalized_step_size(tangent: Tensor, mask: Tensor | None = None, quantile: 
     counted = torch.tensor(positions) if mask is None else mask.sum()
     # In float32 q * n may round up past a whole number: a hair less is asked for.
     rank = torch.ceil(counted.double() * quantile - 1e-9).long().clamp(1)
-    return ordered.gather(0, (positions - counted + rank - 1).clamp(0).reshape(1).to(ordered.device))[0] / math.pi
+    return (
+        ordered.gather(0, (positions - counted + rank - 1).clamp(0, positions - 1).reshape(1).to(ordered.device))[0]
+        / math.pi
+    )
 
 
 def binary_ghost_radius(margin: Tensor, gap: Tensor) -> Tensor:
