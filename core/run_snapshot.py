@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
+from redline.errors import ConfigurationError
 from redline.optimizers import OptimizerState, copy_of
 
 
@@ -96,9 +97,19 @@ class RunSnapshot:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state_dict`` gave."""
+        """Take up what ``state_dict`` gave.
+
+        Raises:
+            ConfigurationError: it is of a run with other optimizers or schedulers.
+        """
         if not state:
             return
+        for what, here in (("optimizers", self._optimizers), ("schedulers", self._schedulers)):
+            if len(state[what]) != len(here):
+                raise ConfigurationError(
+                    f"got a snapshot of a run with {len(state[what])} {what} for one with {len(here)}; expected the "
+                    f"same {what}= as when the state was saved."
+                )
         self.step, self.memory, self.in_checkpoints = state["step"], state["memory"], True
         self._kept = {
             "tensors": dict(state["tensors"]),

@@ -376,6 +376,20 @@ def test_a_snapshot_can_be_gone_back_to_twice(optimizers: Callable[[nn.Module], 
 
 
 @EVERY_OPTIMIZER
+def test_state_that_was_taken_away_since_comes_back_twice(optimizers: Callable[[nn.Module], list[Optimizer]]) -> None:
+    guarded = Run(optimizers, falling, [redline.SpikeGuard(patience=0)])
+    guarded.steps(30)
+    for optimizer in guarded.optimizers:
+        optimizer.state.clear()
+    guarded.step(spoil=["parameters"])
+    guarded.steps(3)
+    guarded.step(spoil=["parameters"])
+    assert guarded.did == [(30, "rollback"), (34, "rollback")]
+    assert_same(guarded.after[30], guarded.before[20])
+    assert_same(guarded.after[34], guarded.before[20])
+
+
+@EVERY_OPTIMIZER
 def test_back_at_the_first_step_there_is_no_state_again(optimizers: Callable[[nn.Module], list[Optimizer]]) -> None:
     guarded = Run(optimizers, falling, [redline.SpikeGuard(patience=0, every=1000)])
     guarded.steps(20)
@@ -471,6 +485,33 @@ def test_anything_with_a_state_dict_comes_back_too() -> None:
     assert guarded.did == [(30, "rollback")]
     assert differing(guarded.before[20], guarded.before[30]) == {"model", "optimizer 0", "scheduler 0"}
     assert_same(guarded.after[30], guarded.before[20])
+
+
+class Course:
+    """Has a state that it changes in place."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def step(self) -> None:
+        self.taken.append(len(self.taken))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+
+
+def test_what_changes_its_state_in_place_comes_back_twice() -> None:
+    course = Course()
+    guarded = Run(sgd, lambda _: [course], [redline.SpikeGuard(patience=0)])
+    lengths = []
+    for index in range(36):
+        guarded.step(spoil=["parameters"] if index in (30, 35) else [])
+        lengths.append(len(course.taken))
+    assert guarded.did == [(30, "rollback"), (35, "rollback")]
+    assert (lengths[19], lengths[29], lengths[30], lengths[34], lengths[35]) == (20, 30, 21, 25, 21)
 
 
 def test_a_guard_that_served_another_run_begins_anew() -> None:
