@@ -69,6 +69,8 @@ class SpikeGuard(Controller):
         ):  # fmt: skip
             if not least <= value < math.inf:
                 raise ConfigurationError(f"got {name}={value}; expected at least {least}.")
+            if name not in ("threshold", "min_jump") and not isinstance(value, int):
+                raise ConfigurationError(f"got {name}={value}; expected a whole number.")
         if memory not in ("device", "host"):
             raise ConfigurationError(f"got memory={memory!r}; expected 'device' or 'host'.")
         self.threshold, self.min_jump, self.patience = threshold, min_jump, patience

@@ -91,23 +91,27 @@ class Control:
             self.log.rejection = None
             raise RunStoppedError(_rejected(found))
         back = next(((name, answer) for name, answer in answers if isinstance(answer, RollBack)), None)
-        for name, answer in answers:
-            if isinstance(answer, Keep):
-                self._snapshots[name].take(step.index, answer.memory, answer.in_checkpoints)
-            elif isinstance(answer, Withhold) or (back is None and isinstance(answer, Stop)):
-                step.withheld = True
-                self._statistics.restore()
-                told = self.log.tell(step.index, name, answer)
-                if isinstance(answer, Stop):
-                    raise RunStoppedError(f"{name} stopped the run at step {step.index}: {told.reason}")
+        objections = [
+            (name, answer)
+            for name, answer in answers
+            if isinstance(answer, Withhold) or (isinstance(answer, Stop) and back is None)
+        ]
+        step.withheld = back is not None or bool(objections)
         if back is not None:
-            step.withheld = True
             if not self._snapshots[back[0]].taken:
                 raise ConfigurationError(
                     f"got a roll-back from {back[0]}, which kept no snapshot; expected Keep first."
                 )
             self._snapshots[back[0]].restore()
-            self.log.tell(step.index, *back)
+        elif objections:
+            self._statistics.restore()
+        told = [self.log.tell(step.index, *one) for one in (*objections, *([back] if back else []))]
+        for name, answer in answers:
+            if isinstance(answer, Keep):  # last: it must hold nothing of a step that was withheld
+                self._snapshots[name].take(step.index, answer.memory, answer.in_checkpoints)
+        for one in told:
+            if one.action == action(Stop):
+                raise RunStoppedError(f"{one.controller} stopped the run at step {one.step}: {one.reason}")
 
     def before_update(self, step: Step, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
         """Ahead of each optimizer's update: set its gradients aside, snapshot its state."""

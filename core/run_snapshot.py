@@ -67,8 +67,12 @@ class RunSnapshot:
         self._wait()
         live = self._read_tensors()
         for name, kept in self._kept["tensors"].items():
-            if name in live:  # not frozen or taken away since
+            if name not in live:
+                continue  # taken away since
+            if live[name].shape == kept.shape:
                 live[name].detach().copy_(kept)
+            else:
+                live[name].data = kept.to(live[name].device, copy=True)  # a cache that has grown
         for optimizer, state in zip(self._optimizers, self._kept["optimizers"], strict=True):
             state.restore(optimizer, groups=bool(self._schedulers))
         for scheduler, state in zip(self._schedulers, self._kept["schedulers"], strict=True):
@@ -108,7 +112,7 @@ class RunSnapshot:
             if len(state[what]) != len(here):
                 raise ConfigurationError(
                     f"got a snapshot of a run with {len(state[what])} {what} for one with {len(here)}; expected the "
-                    f"same {what}= as when the state was saved."
+                    f"same {what} as when the state was saved, or a state saved with SpikeGuard(in_checkpoints=False)."
                 )
         self.step, self.memory, self.in_checkpoints = state["step"], state["memory"], True
         self._kept = {

@@ -473,6 +473,7 @@ class Fit:
         self.training = bits(
             [part.state_dict() for part in (self.module, *self.trainer.optimizers, *schedulers)],
         )
+        self.rates_set = [scheduler.last_epoch for scheduler in schedulers]
         assert callback.session is not None
         self.session = callback.session
 
@@ -512,6 +513,8 @@ def test_a_fit_resumed_from_a_checkpoint_equals_one_that_was_not_cut(
 ) -> None:
     through = Fit(task, controllers, incidents, STEPS)
     assert guards_did(through.session) == did
+    # A roll-back from step 25 to 18 takes the schedulers back with it.
+    assert set(through.rates_set) == {STEPS - 7 if "rollback" in did else STEPS}
     first = Fit(task, controllers, incidents, cut, save_in=tmp_path)
     second = Fit(task, controllers, incidents, STEPS, resume_from=tmp_path / "cut.ckpt")
     assert first.session.latest.value("redline_steps_total") == cut

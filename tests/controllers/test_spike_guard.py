@@ -815,6 +815,18 @@ def test_a_loop_that_observes_no_loss_is_told_how_to(optimizers: Callable[[nn.Mo
     assert_same({**after, "model": {}}, {**before, "model": {}})
 
 
+def test_a_later_step_without_a_loss_is_taken_as_it_is() -> None:
+    guarded, twin = Run(controllers=[redline.SpikeGuard(patience=0)]), Run()
+    for run in (guarded, twin):
+        run.steps(20)
+        F.cross_entropy(run.model(batch(100)[0]), batch(100)[1]).backward()
+        run.optimizers[0].step()
+        run.optimizers[0].zero_grad()
+        run.steps(5)
+    assert guarded.did == []
+    assert_same(guarded.state(), twin.state())
+
+
 @pytest.mark.parametrize("kind", [float, torch.tensor, lambda value: torch.tensor([value], dtype=torch.float64)])
 def test_a_loss_may_be_observed_as_a_number_or_a_tensor(kind: Callable[[float], Any]) -> None:
     guarded = Run(controllers=[redline.SpikeGuard()])
