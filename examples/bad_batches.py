@@ -109,7 +109,7 @@ def main() -> None:
 
     for name, make in optimizers.items():
         table = Table(title=f"{name}: test accuracy 10 steps after it → at step {options.steps} (steps intervened)")
-        table.add_column("at step 150", style="cyan")
+        table.add_column("at step 150", style="cyan", no_wrap=True)
         for protection in PROTECTIONS:
             table.add_column(protection, justify="right")
         for what, incident in track(INCIDENTS.items(), name):

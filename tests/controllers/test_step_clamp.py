@@ -1093,6 +1093,19 @@ def test_on_an_accelerator_the_clamp_alone_waits_for_nothing_and_the_run_stops_o
         assert frozen(run.parameters) == before
 
 
+def test_on_an_accelerator_what_nobody_reads_is_read_in_the_end(accelerated: Callable[[], None]) -> None:
+    accelerated()
+    run = prepared(sgd)
+    steps = []
+    with run.attach(StepClamp()):
+        run.optimizers[0].param_groups[0]["lr"] = math.nan
+        with pytest.raises(RunStoppedError, match="StepClamp rejected step"):
+            for seed in range(100):
+                steps.append(seed)
+                run.step(seed)
+    assert 1 < len(steps) < 70
+
+
 def test_on_an_accelerator_a_checkpoint_that_is_loaded_ends_a_rejection_that_nobody_read(
     accelerated: Callable[[], None],
 ) -> None:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 import redline
 from redline import ConfigurationError, ControllerError, Need, Reject, RunStoppedError, Scale, Step, Withhold
+from redline.transaction import StepTransaction
 
 Answer = Callable[[Step], Iterable[Any]]
 
@@ -452,6 +453,65 @@ def test_committed_step_size_is_never_that_of_an_earlier_step(controller: Callab
         latest = session.latest
         committed = redline.Series("redline_committed_step_size")
         assert committed not in latest.values or latest.measured_at[committed] == 1
+
+
+def test_committed_step_size_is_absent_where_a_parameter_was_scaled_and_nobody_measured_again() -> None:
+    run = Run(model=Linear)
+    scaling_one = Deciding(at(0, Scale(0.5, "as told.", "weight")))
+    with run.attach(scaling_one, monitors=[redline.GhostRadius(1)]) as session:
+        run.step(0)
+        latest = session.latest
+    assert latest.value("redline_normalized_step_size") > 0
+    assert "redline_committed_step_size" not in latest
+
+
+def test_scales_that_make_up_for_one_another_leave_the_optimizers_own_bits() -> None:
+    run, alone = prepared(), prepared()
+    with run.attach(scaling(2.0), Joint(lambda step: [Scale(0.5, "as told.")])):
+        run.step(3)
+        alone.step(3)
+    assert_same_bits(run.parameters, alone.parameters)
+
+
+def test_parameter_of_two_optimizers_goes_back_to_before_the_first() -> None:
+    run = Run(lambda model: [torch.optim.SGD(model.parameters(), 0.1), torch.optim.SGD(model.parameters(), 0.2)])
+    before = run.parameters
+    with run.attach(scaling(0.0)):
+        run.step(1)
+    assert_same_bits(run.parameters, before)
+
+
+def test_committed_step_size_is_that_over_the_most_samples() -> None:
+    """Of two who measured r, the one on more of the batch errs less."""
+    run = Run(model=Linear)
+    few, all_of_it = redline.GhostRadius(1, max_samples=1), redline.GhostRadius(1, max_samples=None)
+    with run.attach(scaling(0.5), monitors=[few, all_of_it]) as session:
+        run.step(0)
+        latest = session.latest
+    proposed = latest.value("redline_normalized_step_size")  # the last to measure is on all
+    assert latest.value("redline_tangent_samples") == 16
+    assert latest.value("redline_committed_step_size") == pytest.approx(0.5 * proposed)
+
+
+def test_scale_of_zero_on_a_device_hides_an_update_that_is_not_finite() -> None:
+    """From whoever asks next; the factor is a tensor that nobody has read."""
+    transaction, parameter = StepTransaction(), nn.Parameter(torch.ones(3))
+    transaction.save({"one": parameter})
+    with torch.no_grad():
+        parameter.fill_(float("nan"))
+    transaction.scale(torch.tensor(0.0))
+    assert transaction.update()["one"].tolist() == [0.0] * 3
+    transaction.commit()
+    assert parameter.tolist() == [1.0] * 3
+
+
+def test_controllers_are_refused_where_ranks_would_decide_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    run = Run()
+    with pytest.raises(ConfigurationError, match="got controllers in a run of 2 ranks; expected one"):
+        run.attach(scaling(0.5))
+    run.attach(monitors=[redline.StepHealth()]).close()
 
 
 # Withhold -----------------------------------------------------------------------------------------
