@@ -616,6 +616,17 @@ class Scaled(Run):
         return self.scaler.state_dict()
 
 
+def test_a_grad_scaler_that_is_switched_off_skips_nothing_and_the_guard_does() -> None:
+    run = Scaled(adamw)
+    run.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    run.scaled_step(0)
+    before = run.everything
+    with run.attach(NonFiniteGuard()) as session:
+        run.scaled_step(1, "head.weight")
+    assert actions(session) == [(0, "withhold")]
+    assert run.everything == before
+
+
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize(
     "optimizers", [sgd, sgd_fused, adamw, adamw_foreach, adamw_fused], ids=lambda make: make.__name__
