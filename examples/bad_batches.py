@@ -1,6 +1,6 @@
 """One bad batch, or new data: what each protection makes of it, and what none of them helps with.
 
-    python examples/bad_batches.py           # some two minutes on two cores
+    python examples/bad_batches.py           # some forty seconds on two cores
     python examples/bad_batches.py --quick   # one optimizer, fewer steps
 
 A small network learns scikit-learn's digits in batches of 64. At step 150 something happens to the data.

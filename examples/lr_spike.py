@@ -1,6 +1,6 @@
 """A learning rate that is suddenly far too high: what plain Adam, gradient clipping and the clamp make of it.
 
-    python examples/lr_spike.py                                  # all of it; about an hour on two cores
+    python examples/lr_spike.py                                  # all of it; about fifty minutes on two cores
     python examples/lr_spike.py --quick                          # two models, one seed, one severity, half a minute
     python examples/lr_spike.py --models cnn --severities 1000   # a part
 
@@ -135,7 +135,7 @@ def show(found: dict[Case, list[Outcome]], options) -> Table:
         cells = []
         for arm in ARMS:
             outcomes = found.get(Case(model, arm, severity, held))
-            cells.append(f"{median(outcomes, 'accuracy'):.1%} ({median(outcomes, 'loss'):.2g})" if outcomes else "")
+            cells.append(f"{median(outcomes, 'accuracy'):.1%} ({median(outcomes, 'loss'):.3g})" if outcomes else "")
         table.add_row(
             model, spike, *cells, end_section=(model, severity, held) == [r for r in rows if r[0] == model][-1]
         )
