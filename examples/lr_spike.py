@@ -77,7 +77,8 @@ def train(make: Callable[[], nn.Module], seed: int, arm: str, spiked: range, sev
     model = make()
     train_x, train_y, test_x, test_y = digits()
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    controllers = [redline.StepClamp(max_r=1.0, max_samples=options.samples)] if arm == "clamp" else []
+    clamp = redline.StepClamp(max_r=1.0, reduction=options.reduction, max_samples=options.samples)
+    controllers = [clamp] if arm == "clamp" else []
     with redline.attach(model, optimizer, monitors=[], controllers=controllers):
         for step in range(options.steps):
             optimizer.param_groups[0]["lr"] = options.lr * (severity if step in spiked else 1)
@@ -184,6 +185,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of each run; more than 50 (%(default)s)")
     parser.add_argument("--lr", type=float, default=0.015, help="(%(default)s)")
     parser.add_argument("--samples", type=int, help="the clamp measures on; all of the batch by default")
+    parser.add_argument(
+        "--reduction", type=float, default="max", help="a quantile of the samples for the clamp to hold"
+    )
     parser.add_argument("--plot", type=Path, default=Path("lr_spike.png"), help="(%(default)s)")
     parser.add_argument("--quick", action="store_true", help="two models, one seed, one severity, 80 steps")
     options = parser.parse_args()
