@@ -1,6 +1,6 @@
 """What the clamp costs on every step: StepClamp against nothing, by method and by samples, on the byte-level model.
 
-    python benchmarks/clamp.py --write                      # 5 repetitions of 40 interleaved pairs each, some 8 minutes
+    python benchmarks/clamp.py --write                      # 5 repetitions of 40 interleaved pairs each, some 12 minutes
     python benchmarks/clamp.py --repeats 1 --steps 10       # a quick look
 
 Published for one step of 12.6 ms (arXiv 2603.13552): +66 % by finite difference, +129 % by a Jacobian-vector product,
@@ -71,7 +71,7 @@ def main() -> None:
         f"ByteLM ({sum(p.numel() for p in ByteLM().parameters()):,} parameters), batch {options.batch} x 64 bytes, "
         f"AdamW, {options.device}, on every step; {options.repeats} repetitions of {options.steps} interleaved pairs "
         "of steps, nothing trimmed.",
-        f"Command: `python benchmarks/clamp.py --batch {options.batch} --write`. Published, on the whole batch of "
+        f"Command: `python benchmarks/clamp.py --repeats {options.repeats} --write`. Published, on the whole batch of "
         "another model: +129 % by a Jacobian-vector product, +66 % by finite difference.",
         "",
         "| controllers | time over plain: median | min – max | plain step |",
