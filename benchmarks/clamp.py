@@ -1,6 +1,6 @@
 """What the clamp costs on every step: StepClamp against nothing, by method and by samples, on the byte-level model.
 
-    python benchmarks/clamp.py --write                      # 5 repetitions of 40 interleaved pairs each, some 12 minutes
+    python benchmarks/clamp.py --write                      # 5 repetitions of 40 interleaved pairs, some 12 minutes
     python benchmarks/clamp.py --repeats 1 --steps 10       # a quick look
 
 Published for one step of 12.6 ms (arXiv 2603.13552): +66 % by finite difference, +129 % by a Jacobian-vector product,
