@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.015, help="(%(default)s)")
     parser.add_argument("--samples", type=int, help="the clamp measures on; all of the batch by default")
     parser.add_argument(
-        "--reduction", type=float, default="max", help="a quantile of the samples for the clamp to hold"
+        "--reduction", type=float, default=1.0, help="quantile of the samples the clamp holds (%(default)s)"
     )
     parser.add_argument("--plot", type=Path, default=Path("lr_spike.png"), help="(%(default)s)")
     parser.add_argument("--quick", action="store_true", help="two models, one seed, one severity, 80 steps")
