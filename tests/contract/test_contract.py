@@ -12,7 +12,7 @@ import inspect
 import io
 import pickle
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,6 @@ from torch import Tensor, nn
 
 import redline
 from redline import ConfigurationError, Controller, Monitor, Need, Readings, RunStoppedError, Scale, Sink, Step
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """With tensors this small, several threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class HalvingDouble(Controller):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,15 +31,6 @@ from redline import ConfigurationError, RunStoppedError
 from redline.step import StepStart
 
 COUNTER = "redline_interventions_total"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """With tensors this small, several threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Runs ---------------------------------------------------------------------------------------------

@@ -8,11 +8,9 @@ Lightning.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 import statistics
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -28,17 +26,7 @@ from redline.integrations.demo.data import byte_batch, digits, library_bytes
 from redline.integrations.demo.models import ByteLM
 from redline.integrations.lightning import RedlineCallback
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "lr_spike.py"
 SPIKE_AT, SEVERITY = 200, 1000.0
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """With tensors this small, several threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def sgd(model: nn.Module) -> list[Optimizer]:
@@ -144,13 +132,8 @@ def is_lost(loss: float, before: float) -> bool:
 
 
 @pytest.fixture(scope="module")
-def lr_spike() -> Any:
-    spec = importlib.util.spec_from_file_location("lr_spike", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def lr_spike(load_example: Any) -> Any:
+    return load_example("lr_spike")
 
 
 class Options(NamedTuple):

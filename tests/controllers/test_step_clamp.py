@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -32,15 +32,6 @@ from redline.numerics import normalized_step_size
 
 FEATURES, CLASSES, BATCH = 6, 3, 16
 R = "redline_normalized_step_size"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """With tensors this small, several threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Runs -------------------------------------------------------------------------------------------------------------

@@ -42,15 +42,6 @@ MEASURED = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """With tensors this small, several threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # What is trained ----------------------------------------------------------------------------------
 
 

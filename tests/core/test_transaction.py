@@ -5,7 +5,7 @@ Each test trains two identical models: one is left alone and says what the optim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -19,15 +19,6 @@ from redline import ConfigurationError, ControllerError, Need, Reject, RunStoppe
 from redline.transaction import StepTransaction
 
 Answer = Callable[[Step], Iterable[Any]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """With tensors this small, several threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Doubles ------------------------------------------------------------------------------------------

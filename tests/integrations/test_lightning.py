@@ -43,15 +43,6 @@ R = "redline_normalized_step_size"
 FEATURES, CLASSES = 6, 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models as small as these only lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     seed(0)

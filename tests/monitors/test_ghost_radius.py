@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,15 +21,6 @@ R, RHO, TAU = "redline_normalized_step_size", "redline_ghost_radius", "redline_u
 SAMPLES, BATCH = "redline_tangent_samples", "redline_batch_samples"
 FALLBACKS = "redline_tangent_fallbacks_total"
 CLASSES = 7
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """With tensors this small, several threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Attention(nn.Module):

@@ -1,7 +1,6 @@
 """Loss, gradient norm, rates and counts, against sums made by hand."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,15 +12,6 @@ from redline import ConfigurationError, StepHealth
 
 LOSS, GRADIENT = "redline_loss", "redline_gradient_norm"
 RATE, DECAY, NONFINITE = "redline_learning_rate", "redline_weight_decay", "redline_nonfinite_total"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """With tensors this small, several threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

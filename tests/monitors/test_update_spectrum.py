@@ -2,7 +2,6 @@
 
 import math
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,15 +14,6 @@ from redline import UpdateSpectrum
 NORM, CONDITION = "redline_update_spectral_norm", "redline_update_spectral_condition"
 RATIO, TAU = "redline_update_to_weight_ratio", "redline_update_norm"
 WEIGHT = "redline_weight_spectral_norm"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """With tensors this small, several threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Model(nn.Module):

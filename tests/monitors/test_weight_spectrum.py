@@ -1,7 +1,6 @@
 """Weight spectra of a model in training, against a full float64 decomposition of every matrix."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,15 +13,6 @@ from redline import ConfigurationError, WeightSpectrum
 STEPS = 50
 NORM, RESIDUAL = "redline_weight_spectral_norm", "redline_weight_spectral_residual"
 STABLE_RANK, CONDITION = "redline_weight_stable_rank", "redline_weight_spectral_condition"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """With tensors this small, several threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Zoo(nn.Module):

@@ -3,7 +3,6 @@
 import cmath
 import itertools
 import math
-from collections.abc import Iterator
 
 import mpmath
 import pytest
@@ -12,15 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redline.numerics import binary_ghost_radius, ghost_radius, tangent_spread
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """With tensors this small, several threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def nearest_zero(z: list[float], a: list[float], reach: float) -> float:

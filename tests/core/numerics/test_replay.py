@@ -3,7 +3,6 @@
 import copy
 import random
 import warnings
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,15 +12,6 @@ from torch import nn
 from torch.func import functional_call
 
 from redline.numerics.replay import cloned_buffers, replaying
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """With tensors this small, several threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def call(module: nn.Module, *args: object, **kwargs: object) -> torch.Tensor:

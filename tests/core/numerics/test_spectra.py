@@ -3,7 +3,6 @@
 import io
 import math
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,15 +16,6 @@ ACCURACY = 1e-4  # relative error of sigma_1 that Redline promises
 
 # Watched, the iteration stops once it has converged; unwatched, as on an accelerator, after a fixed count.
 watched_and_unwatched = pytest.mark.parametrize("watched", [True, False], ids=["watched", "unwatched"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """With tensors this small, several threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
