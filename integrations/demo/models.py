@@ -66,3 +66,64 @@ class ByteLM(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
+
+
+class LlamaBlock(nn.Module):
+    """A pre-norm LLaMA block: rotary causal attention with heads of a fixed width, and a SwiGLU feed-forward."""
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        hidden = 8 * width // 3
+        self.head_width = head_width
+        self.norm_attention, self.norm_feedforward = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """``(batch, time, width)`` to the same; ``rotation``: ``(2, time, head_width / 2)``, cosines and sines."""
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
+        normed = self.norm_attention(x)
+        q, k = _rotated(heads(self.query(normed)), rotation), _rotated(heads(self.key(normed)), rotation)
+        mixed = F.scaled_dot_product_attention(q, k, heads(self.value(normed)), is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(-2))
+        normed = self.norm_feedforward(x)
+        return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
+
+
+def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864): each pair of channels turned by its angle."""
+    (cosine, sine), (even, odd) = rotation, (x[..., ::2], x[..., 1::2])
+    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2)
+
+
+class LlamaLM(nn.Module):
+    """A small LLaMA over bytes, ``(batch, time)`` int64 to ``(batch, time, 256)`` logits, initialized as muP asks.
+
+    Hidden matrices start at variance ``1 / fan_in``, embeddings at 1 and the readout at 0, so that widths differ in
+    nothing else.
+    """
+
+    def __init__(self, width: int = 64, layers: int = 2, head_width: int = 16, context: int = 64) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, width)
+        self.blocks = nn.ModuleList(LlamaBlock(width, head_width) for _ in range(layers))
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, 256, bias=False)
+        angles = torch.outer(
+            torch.arange(context), 10_000 ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
+        )
+        self.rotation: Tensor
+        self.register_buffer("rotation", torch.stack([angles.cos(), angles.sin()]), persistent=False)
+        for matrix in (parameter for parameter in self.blocks.parameters() if parameter.dim() == 2):
+            nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next byte at every position."""
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, self.rotation[:, : tokens.shape[1]])
+        return self.head(self.norm(x))

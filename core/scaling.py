@@ -1,0 +1,325 @@
+"""Width transfer: what was tuned on a narrow model, carried over to a wide one, and the check that it worked.
+
+Symbols: ``d`` the width, ``m = width / base_width``; lr and wd the learning rate and weight decay of AdamW.
+
+- Matrix-like parameters, whose fan-in grows with the width: ``lr / m`` and ``wd * sqrt(m)``.
+- Vector-like ones, whose fan-in does not (embeddings, input layers, gains, biases): ``lr`` and no decay.
+
+Under AdamW a matrix's singular values settle in proportion to ``sqrt(lr / wd)``, the top one to
+``sqrt(lr / wd) * d^0.75``; with this rule it is the same at every width, and with it each sublayer's gain.
+
+Source: *Robust Layerwise Scaling Rules by Proper Weight Decay Tuning* (arXiv 2510.15262) for the decay; muP (arXiv
+2203.03466, table 8) for the rates. A readout counts as matrix-like here, which muP's table gives the same rate:
+where a model divides its logits by the width itself, name the readout in ``vector_like``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from redline import metrics
+from redline.errors import ConfigurationError
+from redline.notes import Notes
+from redline.parameters import matrix_layers
+from redline.readings import Snapshot
+from redline.session import Session
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_SCALED = "width_scale"  # in a parameter group: it was made by ``transfer``
+
+Kind = Literal["matrix-like", "vector-like"]
+
+
+@dataclass(frozen=True)
+class ScaledParameter:
+    """What was decided for one parameter, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    why: str
+
+
+def classify(
+    model: nn.Module, width: int, *, matrix_like: Collection[str] = (), vector_like: Collection[str] = ()
+) -> dict[str, ScaledParameter]:
+    """Which parameters are matrix-like at this width, and which vector-like; by qualified name.
+
+    Matrix-like is what has a fan-in of at least the width and is no embedding. An input layer with as many inputs looks
+    the same and has to be named.
+
+    Args:
+        model: trainable parameters only are classified, tied ones once.
+        width: of the model: what grows from the narrow model to the wide one.
+        matrix_like: names, or patterns such as "blocks.*.gate", to be taken for matrix-like whatever they look like.
+        vector_like: likewise.
+
+    Raises:
+        ConfigurationError: a width below 1, a pattern that fits no parameter, a name that both lists claim.
+    """
+    if width < 1:
+        raise ConfigurationError(f"got width={width}; expected the model's width, at least 1.")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    claimed: dict[str, Kind] = {}
+    for kind, patterns in (("matrix-like", matrix_like), ("vector-like", vector_like)):
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            fitting = [name for name in parameters if name == pattern or fnmatchcase(name, pattern)]
+            if not fitting:
+                raise ConfigurationError(
+                    f"got {pattern!r} as {kind}; expected the name of a trainable parameter, or a pattern that fits "
+                    f"some, such as {next(iter(parameters), 'none: the model has none')!r}."
+                )
+            for name in fitting:
+                if claimed.setdefault(name, kind) != kind:  # type: ignore[arg-type]
+                    raise ConfigurationError(f"got {name!r} as matrix-like and as vector-like; expected one of them.")
+    embedded = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, _EMBEDDINGS)
+        for parameter in module.parameters(recurse=False)
+    }
+    fan_in = {layer.parameter: layer.d_in for layer in matrix_layers(model, Notes())}
+    found = {}
+    for name, parameter in parameters.items():
+        kind, why = _kind(parameter, fan_in.get(name), id(parameter) in embedded, width)
+        if name in claimed:
+            kind, why = claimed[name], "as you said"
+        found[name] = ScaledParameter(name, tuple(parameter.shape), kind, why)
+    return found
+
+
+def _kind(parameter: Tensor, fan_in: int | None, embedded: bool, width: int) -> tuple[Kind, str]:
+    if embedded:
+        return "vector-like", "embedding"
+    if fan_in is None or (parameter.dim() == 3 and 1 in parameter.shape):
+        return "vector-like", "vector"
+    if fan_in < width:
+        return "vector-like", f"fan-in {fan_in}, below the width"
+    return "matrix-like", f"fan-in {fan_in}"
+
+
+def transfer(
+    model: nn.Module,
+    *,
+    base_width: int,
+    width: int,
+    lr: float,
+    weight_decay: float,
+    matrix_like: Collection[str] = (),
+    vector_like: Collection[str] = (),
+    groups: Sequence[Mapping[str, Any]] | None = None,
+    show: bool = True,
+) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW that carry what was tuned at ``base_width`` over to ``width``.
+
+    The initialization is the model's own business: hidden matrices at variance ``1 / fan_in`` (torch's default is in
+    proportion), the readout at 0 or at standard deviation ``1 / fan_in``.
+
+    Args:
+        model: the wide one; its trainable parameters are classified by ``classify``.
+        base_width: of the model that was tuned.
+        width: of this one.
+        lr: tuned at ``base_width``.
+        weight_decay: tuned at ``base_width``.
+        matrix_like: names, or patterns such as "blocks.*.gate", to be taken for matrix-like.
+        vector_like: likewise.
+        groups: parameter groups of your own over the model, where these differ in more than this rule; a ``lr`` or
+            ``weight_decay`` of theirs is scaled instead of the argument. By default one group of all parameters.
+        show: whether to print what was decided for each parameter.
+
+    Returns:
+        Groups with ``params``, ``lr``, ``weight_decay`` and a ``name``, to be given to ``torch.optim.AdamW``.
+
+    Raises:
+        ConfigurationError: a width below 1, a rate or decay that cannot work, groups that are scaled already or hold a
+            parameter that the model does not, and what ``classify`` refuses.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(
+            f"got a {type(model).__name__} as model; expected a torch.nn.Module. Parameter groups of your own go into "
+            "groups=."
+        )
+    if base_width < 1:
+        raise ConfigurationError(f"got base_width={base_width}; expected the width it was tuned at, at least 1.")
+    decided = classify(model, width, matrix_like=matrix_like, vector_like=vector_like)
+    for what, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            raise ConfigurationError(f"got {what}={value}; expected what was tuned at width {base_width}, 0 or more.")
+    parameters = dict(model.named_parameters())
+    kinds: dict[int, Kind] = {id(parameters[name]): one.kind for name, one in decided.items()}
+    scale = width / base_width
+    made: list[dict[str, Any]] = []
+    for k, group in enumerate([{"params": [parameters[name] for name in decided]}] if groups is None else groups):
+        if _SCALED in group:
+            raise ConfigurationError(
+                f"got parameter group {k} ({group.get('name', 'no name')!r}), which is scaled already, by a width "
+                f"{group[_SCALED]:g} times the base; expected groups as they were tuned at width {base_width}."
+            )
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        if strangers := [p for p in members if id(p) not in kinds and p.requires_grad]:
+            raise ConfigurationError(
+                f"got parameter group {k} with {len(strangers)} parameters that {type(model).__name__} does not have, "
+                f"the first of shape {tuple(strangers[0].shape)}; expected groups over the model's own."
+            )
+        rate, decay = float(group.get("lr", lr)), float(group.get("weight_decay", weight_decay))
+        settings: dict[Kind, tuple[float, float]] = {
+            "matrix-like": (rate / scale, decay * math.sqrt(scale)),
+            "vector-like": (rate, 0.0),
+        }
+        for kind, (rate, decay) in settings.items():
+            params = [p for p in members if kinds.get(id(p)) == kind]
+            if params:
+                name = f"{group['name']} {kind}" if "name" in group else kind
+                made.append(
+                    {**group, "params": params, "lr": rate, "weight_decay": decay, "name": name, _SCALED: scale}
+                )
+    if show:
+        _print_decisions(decided.values(), made, parameters, base_width, width)
+    return made
+
+
+def _print_decisions(
+    decided: Iterable[ScaledParameter],
+    groups: Sequence[Mapping[str, Any]],
+    parameters: Mapping[str, Tensor],
+    base_width: int,
+    width: int,
+) -> None:
+    """One row for all parameters that differ in nothing but numbers of their names."""
+    import rich  # loaded only by who prints
+    from rich.table import Table
+
+    settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    rows: dict[tuple[Any, ...], int] = {}
+    for one in decided:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", one.name)
+        row = (pattern, one.shape, one.kind, *settings.get(id(parameters[one.name]), (None, None)), one.why)
+        rows[row] = rows.get(row, 0) + 1
+    table = Table(title=f"From width {base_width} to {width}", title_justify="left", box=None, padding=(0, 1))
+    for heading in ("parameter", "shape", "taken for", "lr", "weight decay", "because"):
+        table.add_column(heading, justify="right" if heading in ("lr", "weight decay") else "left")
+    for (pattern, shape, kind, rate, decay, why), count in rows.items():
+        figures = ["in no group", ""] if rate is None else [f"{rate:.3g}", f"{decay:.3g}"]
+        times = f" ×{count}" if count > 1 else ""
+        style = "cyan" if kind == "matrix-like" else None
+        table.add_row(f"{pattern}{times}", " × ".join(map(str, shape)), kind, *figures, why, style=style)
+    rich.get_console().print(table)
+
+
+@dataclass(frozen=True)
+class LayerRatio:
+    """Top singular values of one matrix in two runs, and the second over the first."""
+
+    layer: str
+    reference: float
+    run: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class SpectraComparison:
+    """Whether top singular values match across two runs; ``rich.print`` shows it, ``to_dict`` gives it as plain data.
+
+    Attributes:
+        layers: matrices that both have, the worst match first.
+        unmatched: names that only one of them has.
+        tolerance: by which a ratio may differ from 1.
+        median_ratio: of the run's to the reference's.
+        matches: whether every layer is within the tolerance.
+    """
+
+    layers: tuple[LayerRatio, ...]
+    unmatched: tuple[str, ...]
+    tolerance: float
+    median_ratio: float
+    matches: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain dicts, lists, numbers and strings."""
+        return asdict(self)
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        within = sum(abs(one.ratio - 1) <= self.tolerance for one in self.layers)
+        table = Table(
+            title=f"Top singular values: {within} of {len(self.layers)} match within {self.tolerance:.0%}, the median "
+            f"ratio is {self.median_ratio:.3g}",
+            title_justify="left",
+            box=None,
+            padding=(0, 1),
+        )
+        for heading in ("layer", "reference", "run", "ratio"):
+            table.add_column(heading, justify="left" if heading == "layer" else "right")
+        for one in self.layers:
+            style = "green" if abs(one.ratio - 1) <= self.tolerance else "yellow"
+            table.add_row(one.layer, f"{one.reference:.3g}", f"{one.run:.3g}", f"×{one.ratio:.3g}", style=style)
+        for name in self.unmatched:
+            table.add_row(name, "–", "–", "only in one", style="dim")
+        return table
+
+
+def compare_spectra(
+    reference: Session | Snapshot | Mapping[str, float],
+    run: Session | Snapshot | Mapping[str, float],
+    *,
+    layers: Collection[str] | None = None,
+    tolerance: float = 0.1,
+) -> SpectraComparison:
+    """Do top singular values match across widths? The diagnostic of arXiv 2510.15262: where they do, so do the gains.
+
+    Args:
+        reference: the narrow run: a session or snapshot that ``WeightSpectrum`` has measured, or ``{layer: sigma_1}``.
+        run: the wide one, likewise, with the same layer names.
+        layers: names or patterns of the matrices to compare; all by default. The rule speaks of matrix-like ones:
+            ``[one.name for one in classify(model, width).values() if one.kind == "matrix-like"]``.
+        tolerance: by which a ratio may differ from 1. The default is Redline's choice.
+
+    Raises:
+        ConfigurationError: nothing to compare: no spectra were measured, or no layer has a name in both.
+    """
+    first, second = _spectra(reference, "reference"), _spectra(run, "run")
+    chosen = [layers] if isinstance(layers, str) else layers
+    names = [
+        name
+        for name in dict.fromkeys([*first, *second])
+        if chosen is None or any(name == one or fnmatchcase(name, one) for one in chosen)
+    ]
+    ratios = [
+        LayerRatio(name, first[name], second[name], second[name] / first[name] if first[name] else math.inf)
+        for name in names
+        if name in first and name in second
+    ]
+    if not ratios:
+        raise ConfigurationError(
+            f"got no layer to compare: {len(first)} in the reference (such as {next(iter(first))!r}), {len(second)} in "
+            f"the run (such as {next(iter(second))!r}); expected common names"
+            + ("." if chosen is None else f" among layers={list(chosen)}.")
+        )
+    ratios.sort(key=lambda one: abs(math.log(one.ratio)) if 0 < one.ratio < math.inf else math.inf, reverse=True)
+    return SpectraComparison(
+        tuple(ratios),
+        tuple(name for name in names if not (name in first and name in second)),
+        tolerance,
+        statistics.median(one.ratio for one in ratios),
+        all(abs(one.ratio - 1) <= tolerance for one in ratios),
+    )
+
+
+def _spectra(of: Session | Snapshot | Mapping[str, float], what: str) -> Mapping[str, float]:
+    snapshot = of.latest if isinstance(of, Session) else of
+    found = snapshot.layers(metrics.WEIGHT_SPECTRAL_NORM.name) if isinstance(snapshot, Snapshot) else dict(snapshot)
+    if not found:
+        raise ConfigurationError(
+            f"got a {what} without spectra; expected {metrics.WEIGHT_SPECTRAL_NORM.name} to have been measured: attach "
+            "with redline.WeightSpectrum() among the monitors, or pass {layer: sigma_1}."
+        )
+    return found
