@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from redline.controller import Controller, Reject, Stop, Withhold
+from redline.controller import Controller, Reject, RunOutline, Stop, Withhold
 from redline.errors import ConfigurationError
 from redline.monitor import Need
 from redline.step import Step
@@ -42,10 +42,12 @@ class NonFiniteGuard(Controller):
         self.stop_after, self.snapshots_state = stop_after, restore_state
         self._in_a_row = 0
 
+    def begin(self, run: RunOutline) -> None:
+        """Count anew."""
+        self._in_a_row = 0
+
     def before_update(self, step: Step) -> Withhold | Stop | None:
         """Withhold gradients that are not finite."""
-        if step.index == 0:
-            self._in_a_row = 0  # a session begins; the guard may have served another before
         norm = step.start.gradient_norm
         broken = norm is not None and not math.isfinite(norm) and not step.start.scaled
         self._in_a_row += broken

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from redline.controller import Controller, Keep, RollBack, Stop, Withhold
+from redline.controller import Controller, Keep, RollBack, RunOutline, Stop, Withhold
 from redline.errors import ConfigurationError
 from redline.monitor import Need
 from redline.step import Step
@@ -77,10 +77,13 @@ class SpikeGuard(Controller):
         self.max_roll_backs, self.every = max_roll_backs, every
         self.memory, self.in_checkpoints = memory, in_checkpoints
         self._losses: deque[float] = deque(maxlen=window)
-        self._begin()
+        self._forget()
 
-    def _begin(self) -> None:
-        """A session begins; the guard may have served another before."""
+    def begin(self, run: RunOutline) -> None:
+        """Watch anew."""
+        self._forget()
+
+    def _forget(self) -> None:
         self._losses.clear()
         self._jumps = 0  # in a row
         self._kept_at: int | None = None
@@ -88,8 +91,6 @@ class SpikeGuard(Controller):
 
     def before_update(self, step: Step) -> Withhold | RollBack | Stop | Keep | None:
         """Hold the loss against the last good ones."""
-        if step.index == 0:
-            self._begin()
         loss = step.start.loss
         if loss is None:
             if not self._has_seen_losses:

@@ -5,9 +5,20 @@
 
 from importlib.metadata import version as _version
 
-from redline import numerics
-from redline.controller import Controller, Keep, Reject, RollBack, Scale, Stop, Withhold
-from redline.controllers import NonFiniteGuard, SpikeGuard, StepClamp
+from redline import numerics, scaling
+from redline.controller import (
+    Controller,
+    Decay,
+    Keep,
+    Reject,
+    RollBack,
+    RunOutline,
+    Scale,
+    ScaleMatrices,
+    Stop,
+    Withhold,
+)
+from redline.controllers import NonFiniteGuard, RadiusLR, SpikeGuard, StepClamp, UpdateClamp, WeightDecayControl
 from redline.errors import ConfigurationError, ControllerError, RedlineWarning, RunStoppedError
 from redline.integrations.attach import attach
 from redline.integrations.console import ConsoleReport
@@ -30,6 +41,7 @@ __all__ = [
     "ConsoleReport",
     "Controller",
     "ControllerError",
+    "Decay",
     "GhostRadius",
     "Intervention",
     "Keep",
@@ -38,13 +50,16 @@ __all__ = [
     "Need",
     "NonFiniteGuard",
     "PrometheusExporter",
+    "RadiusLR",
     "Readings",
     "RedlineWarning",
     "Reject",
     "RollBack",
     "RunInfo",
+    "RunOutline",
     "RunStoppedError",
     "Scale",
+    "ScaleMatrices",
     "Series",
     "Session",
     "Sink",
@@ -56,10 +71,13 @@ __all__ = [
     "StepHealth",
     "StepStart",
     "Stop",
+    "UpdateClamp",
     "UpdateSpectrum",
+    "WeightDecayControl",
     "WeightSpectrum",
     "Withhold",
     "attach",
     "default_monitors",
     "numerics",
+    "scaling",
 ]

@@ -12,15 +12,30 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from redline import metrics
-from redline.controller import Controller, Keep, Reject, RollBack, Scale, Stop, Withhold
+from redline.controller import (
+    AfterUpdate,
+    Controller,
+    Decay,
+    Keep,
+    Reject,
+    RollBack,
+    RunOutline,
+    Scale,
+    ScaleMatrices,
+    Stop,
+    Withhold,
+)
 from redline.errors import ConfigurationError, ControllerError, RunStoppedError
-from redline.interventions import Intervention, InterventionLog, action, is_on_host
+from redline.interventions import Intervention, InterventionLog, is_on_host
 from redline.monitor import Need
+from redline.notes import Notes
 from redline.optimizers import OptimizerState, watch_only_reason
+from redline.parameters import MatrixLayer, by_parameter
 from redline.readings import Readings
 from redline.run_snapshot import RunningStatistics, RunSnapshot
 from redline.step import Step
 from redline.transaction import StepTransaction
+from redline.weight_decay import DecayRules
 
 T = TypeVar("T")
 
@@ -63,11 +78,21 @@ class Control:
         self._states_checked = False
         self._statistics = RunningStatistics(model)
         self._snapshots = {name: RunSnapshot(read_tensors, optimizers, schedulers) for name, _ in controllers}
+        self._decay_rules = DecayRules() if any(one.per_parameter for _, one in controllers) else None
         self._refuse_watch_only()
         self._refuse_ranks()
         for name, _ in controllers:
-            for decision in (Scale, Withhold, Reject, RollBack, Stop):
-                readings.count(metrics.INTERVENTIONS, 0, name, action(decision))
+            for decision in (Scale, Decay, Withhold, Reject, RollBack, Stop):
+                readings.count(metrics.INTERVENTIONS, 0, name, decision.action)
+
+    def begin(self, layers: Sequence[MatrixLayer], held: Sequence[Mapping[str, Tensor]], notes: Notes) -> None:
+        """Tell the controllers what they are to control; ``held``: each optimizer's parameters, by name."""
+        rates = {}
+        if self._decay_rules:
+            for optimizer, parameters in zip(self._optimizers, held, strict=True):
+                rates.update(self._decay_rules.rates(optimizer, parameters))
+        for name, controller in self._controllers:
+            controller.begin(RunOutline(layers, rates, partial(_say, notes, name)))
 
     # The step, in order ---------------------------------------------------------------------------------------------
 
@@ -110,13 +135,15 @@ class Control:
             if isinstance(answer, Keep):  # last: it must hold nothing of a step that was withheld
                 self._snapshots[name].take(step.index, answer.memory, answer.in_checkpoints)
         for one in told:
-            if one.action == action(Stop):
+            if one.action == Stop.action:
                 raise RunStoppedError(f"{one.controller} stopped the run at step {one.step}: {one.reason}")
 
     def before_update(self, step: Step, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
         """Ahead of each optimizer's update: set its gradients aside, snapshot its state."""
         if step.withheld:
             self._transaction.withhold(parameters.values())
+        if self._decay_rules:
+            step.rates.update(self._decay_rules.rates(optimizer, parameters))
         if any(controller.snapshots_state for _, controller in self._controllers):
             self._states.append((optimizer, OptimizerState.of(optimizer)))
 
@@ -130,8 +157,8 @@ class Control:
             self._states_checked = True
         scale: float | Tensor = 1.0
         size: float | Tensor | None = step.normalized_step_size
-        taken: list[tuple[str, Scale | Reject]] = []
-        for name, controller in sorted(self._controllers, key=lambda pair: not pair[1].per_parameter):
+        taken: list[tuple[str, AfterUpdate]] = []
+        for name, controller in sorted(self._controllers, key=_place):
             decisions = self._ask(name, step, partial(_answers_after, controller))
             # Asking may have measured r, of what the controllers before left of the step.
             size = size if step.normalized_step_size is None else step.normalized_step_size
@@ -140,6 +167,11 @@ class Control:
                     self._reject(step, name, decision)
                     return
                 taken.append((name, decision))
+                if isinstance(decision, (ScaleMatrices, Decay)):
+                    if self._change_matrices(step, name, decision):
+                        step.update_changed()
+                        size = None  # r of what is left is known only if someone measures it
+                    continue
                 if isinstance(decision, Reject):
                     # Only the device knows: a scale of 0 or 1. What was measured of the update holds, or is idle.
                     factor: float | Tensor = 1.0 - torch.as_tensor(decision.when).float()
@@ -148,10 +180,12 @@ class Control:
                     step.update_changed()
                 if isinstance(decision, Scale) and decision.parameter is not None:
                     self._scale_one(name, factor, decision.parameter)
-                    size = None  # r of what is left is known only if someone measures it
+                    size = None
                 else:
                     self._transaction.scale(factor)
                     scale, size = scale * factor, None if size is None else _times(size, factor)
+        for name, controller in self._controllers:
+            self._ask(name, step, partial(controller.read_out, readings=self._readings))
         self._transaction.commit()
         if taken:
             step.update_changed()  # and so did the weights
@@ -193,14 +227,46 @@ class Control:
     # Carrying out ---------------------------------------------------------------------------------------------------
 
     def _scale_one(self, name: str, factor: float | Tensor, parameter: str) -> None:
-        if parameter not in self._transaction.parameters:
-            raise ConfigurationError(
-                f"got a scale for {parameter!r} from {name}, which the step did not move; expected the name of a "
-                "parameter in the optimizers."
-            )
+        self._refuse_unmoved(name, parameter)
         self._transaction.scale(factor, [parameter])
 
-    def _known(self, decisions: Iterable[Scale | Reject]) -> Iterator[Scale | Reject]:
+    def _change_matrices(self, step: Step, name: str, decision: ScaleMatrices | Decay) -> bool:
+        """Whether it came to anything."""
+        for layer in decision.layers:
+            self._refuse_unmoved(name, layer.parameter)
+        changed = False
+        if isinstance(decision, ScaleMatrices):
+            factors = by_parameter(decision.layers, decision.factors, step.weights, lambda parameter: 1.0)
+            for parameter, factor in factors.items():
+                if isinstance(factor, Tensor) or factor != 1:
+                    self._transaction.scale_net(parameter, factor, step.rates[parameter].decay)
+                    changed = True
+            return changed
+        in_force = by_parameter(
+            decision.layers, decision.weight_decays, step.weights, lambda parameter: step.rates[parameter].weight_decay
+        )
+        for parameter, weight_decay in in_force.items():
+            rates = step.rates[parameter]
+            if rates.coupled:
+                raise ConfigurationError(
+                    f"got a weight decay for {parameter!r} from {name}; expected one that can be told from the rest of "
+                    f"the update: {rates.coupled}."
+                )
+            more = weight_decay - rates.weight_decay
+            if isinstance(more, Tensor) or more != 0:
+                self._transaction.shrink(parameter, rates.lr * more)
+                step.rates[parameter] = rates._replace(weight_decay=weight_decay)
+                changed = True
+        return changed
+
+    def _refuse_unmoved(self, name: str, parameter: str) -> None:
+        if parameter not in self._transaction.parameters:
+            raise ConfigurationError(
+                f"got a decision on {parameter!r} from {name}, which the step did not move; expected the name of a "
+                "parameter in the optimizers."
+            )
+
+    def _known(self, decisions: Iterable[AfterUpdate]) -> Iterator[AfterUpdate]:
         """The decisions that come to anything, with what the host knows of them read.
 
         Whether to reject is waited for where the optimizer's state can still be taken back.
@@ -212,6 +278,11 @@ class Control:
                     when = bool(when)
                 if when is not False:
                     yield replace(decision, when=when)
+            elif isinstance(decision, ScaleMatrices):
+                if not is_on_host(decision.factors) or decision.acts:
+                    yield decision
+            elif isinstance(decision, Decay):
+                yield decision
             else:
                 factor = decision.factor
                 if isinstance(factor, Tensor) and is_on_host(factor):
@@ -268,6 +339,10 @@ class Control:
             )
 
 
+def _say(notes: Notes, name: str, text: str) -> None:
+    notes.add(f"{name}: {text}")
+
+
 def _times(size: float | Tensor, factor: float | Tensor) -> float | Tensor:
     """0 where the factor is 0, also of a size that is not finite."""
     if isinstance(factor, Tensor):
@@ -283,11 +358,23 @@ def _rejected(one: Intervention) -> str:
     )
 
 
-def _answers_after(controller: Controller, step: Step) -> list[Scale | Reject]:
+def _place(named: tuple[str, Controller]) -> tuple[bool, bool]:
+    """Single parameters first; then what may lengthen the joint step, then what only shortens it."""
+    _, controller = named
+    return not controller.per_parameter, not controller.lengthens
+
+
+def _answers_after(controller: Controller, step: Step) -> list[AfterUpdate]:
     decisions = list(controller.inspect(step))  # a generator runs, and fails, here
     for decision in decisions:
-        if not isinstance(decision, (Scale, Reject)):
-            raise TypeError(f"got {decision!r} from inspect; expected redline.Scale or redline.Reject")
+        if not isinstance(decision, (Scale, ScaleMatrices, Decay, Reject)):
+            raise TypeError(
+                f"got {decision!r} from inspect; expected redline.Scale, ScaleMatrices, Decay or redline.Reject"
+            )
+        if isinstance(decision, (ScaleMatrices, Decay)) and not controller.per_parameter:
+            raise TypeError(
+                f"got {decision!r} from a controller of the joint step; expected per_parameter = True on it"
+            )
     if decisions and Need.UPDATE not in controller.needs:
         raise TypeError(
             f"got {decisions[0]!r} from a controller that needs {controller.needs}; expected Need.UPDATE in it"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
@@ -12,7 +12,10 @@ from redline.errors import ConfigurationError
 from redline.monitor import Need
 
 if TYPE_CHECKING:
+    from redline.parameters import MatrixLayer
+    from redline.readings import Readings
     from redline.step import Step
+    from redline.weight_decay import Rates
 
 Number: TypeAlias = "float | Tensor"
 """A float, or a 0-d tensor: on an accelerator nobody waits for it."""
@@ -30,6 +33,8 @@ class Scale:
         saw: the numbers behind it.
     """
 
+    action: ClassVar[str] = "scale"
+
     factor: Number
     reason: str
     parameter: str | None = None
@@ -38,6 +43,77 @@ class Scale:
     def __post_init__(self) -> None:
         if not isinstance(self.factor, Tensor) and not 0 <= self.factor < float("inf"):
             raise ConfigurationError(f"got a scale of {self.factor}; expected a finite factor of at least 0.")
+
+    @property
+    def acts(self) -> Number:
+        """Whether it changes anything; 0-d bool if a tensor."""
+        return self.factor != 1
+
+
+@dataclass(frozen=True)
+class ScaleMatrices:
+    """Commit a share of each matrix's update, net of decoupled weight decay, of its own; the decay stays whole.
+
+    Where the decay is not decoupled (``step.rates[...].coupled`` says why) the whole update is scaled.
+
+    Attributes:
+        layers: the matrices, each ``(d_out, d_in)``: parameters, or matrices of a stack.
+        factors: ``(n,)``, floating, each finite and 0 or more. On an accelerator nobody waits for them.
+        reason: what was seen and done, in words; it may name the numbers of ``saw``, and with ``{layer}`` the matrix
+            whose place in ``layers`` ``saw["worst"]`` is.
+        saw: the numbers behind it.
+    """
+
+    action: ClassVar[str] = "scale"
+
+    layers: Sequence[MatrixLayer]
+    factors: Tensor
+    reason: str
+    saw: Mapping[str, Number] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _refuse_other_length(self.layers, self.factors, "factors")
+
+    @property
+    def acts(self) -> Number:
+        """Whether it changes anything."""
+        return (self.factors != 1).any()
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Decay each matrix by a weight decay of its own, in place of its group's, at this step.
+
+    It moves a matrix by ``-lr * weight_decay * theta_before``, ``lr`` being its group's.
+
+    Attributes:
+        layers: the matrices.
+        weight_decays: ``(n,)``, floating.
+        reason: as for ``ScaleMatrices``; None where it only goes on with what an earlier decision told of.
+        saw: the numbers behind it.
+    """
+
+    action: ClassVar[str] = "decay"
+
+    layers: Sequence[MatrixLayer]
+    weight_decays: Tensor
+    reason: str | None
+    saw: Mapping[str, Number] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _refuse_other_length(self.layers, self.weight_decays, "weight decays")
+
+    @property
+    def acts(self) -> Number:
+        """Whether there is something to tell of."""
+        return self.reason is not None
+
+
+def _refuse_other_length(layers: Sequence[MatrixLayer], numbers: Tensor, what: str) -> None:
+    if numbers.shape != (len(layers),):
+        raise ConfigurationError(
+            f"got {what} of shape {tuple(numbers.shape)} for {len(layers)} matrices; expected one each."
+        )
 
 
 @dataclass(frozen=True)
@@ -54,14 +130,23 @@ class Reject:
             ahead of an update once the value is on the host.
     """
 
+    action: ClassVar[str] = "reject"
+
     reason: str
     saw: Mapping[str, Number] = field(default_factory=dict)
     when: bool | Tensor = True
+
+    @property
+    def acts(self) -> Number:
+        """Whether it changes anything."""
+        return self.when
 
 
 @dataclass(frozen=True)
 class Withhold:
     """Set the gradients aside before the update: parameters, moments, step counters and decay stay as they are."""
+
+    action: ClassVar[str] = "withhold"
 
     reason: str
     saw: Mapping[str, Number] = field(default_factory=dict)
@@ -71,6 +156,8 @@ class Withhold:
 class RollBack:
     """Put the run back to where this controller last said ``Keep``, and withhold this step's gradients."""
 
+    action: ClassVar[str] = "rollback"
+
     reason: str
     saw: Mapping[str, Number] = field(default_factory=dict)
 
@@ -78,6 +165,8 @@ class RollBack:
 @dataclass(frozen=True)
 class Stop:
     """Stop the run before the update, with the reason."""
+
+    action: ClassVar[str] = "stop"
 
     reason: str
     saw: Mapping[str, Number] = field(default_factory=dict)
@@ -98,7 +187,24 @@ class Keep:
     in_checkpoints: bool = True
 
 
-Decision: TypeAlias = Scale | Reject | Withhold | RollBack | Stop
+AfterUpdate: TypeAlias = Scale | ScaleMatrices | Decay | Reject
+"""What a controller may answer to ``inspect``."""
+Decision: TypeAlias = AfterUpdate | Withhold | RollBack | Stop
+
+
+@dataclass(frozen=True)
+class RunOutline:
+    """What is known of a run when a session begins.
+
+    Attributes:
+        layers: the model's matrices.
+        rates: by parameter name, of all parameters that the optimizers hold.
+        note: says something once, as a warning and in the report.
+    """
+
+    layers: Sequence[MatrixLayer]
+    rates: Mapping[str, Rates]
+    note: Callable[[str], None]
 
 
 class Controller:
@@ -113,17 +219,25 @@ class Controller:
 
     needs: ClassVar[Need] = Need.UPDATE
     per_parameter: ClassVar[bool] = False
-    """Whether it scales single parameters; these decide first, and the others on what is left."""
+    """Whether it decides on single parameters; these decide first, and the others on what is left."""
+    lengthens: ClassVar[bool] = False
+    """Whether it may lengthen the joint step; such a one decides ahead of those that only shorten it."""
     snapshots_state: bool = False
     """Whether the optimizer's state is copied ahead of each step, so that a rejection can bring it back."""
+
+    def begin(self, run: RunOutline) -> None:
+        """A session begins: forget what lasted from another, and refuse what cannot work."""
 
     def before_update(self, step: Step) -> Withhold | RollBack | Stop | Keep | None:
         """After backward, before the update: whether there is to be one."""
         return None
 
-    def inspect(self, step: Step) -> Iterable[Scale | Reject]:
+    def inspect(self, step: Step) -> Iterable[AfterUpdate]:
         """After the update: what to do with it."""
         return ()
+
+    def read_out(self, step: Step, readings: Readings) -> None:
+        """After the commit: readings of its own, if it has any."""
 
     def state_dict(self) -> dict[str, Any]:
         """What lasts between steps; empty by default."""

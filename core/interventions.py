@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from redline import metrics
-from redline.controller import Decision, Reject, Scale
+from redline.controller import AfterUpdate, Decay, Decision, Reject, ScaleMatrices
 from redline.readings import Readings, to_host
 
 _MOST_KEPT = 10_000
@@ -28,7 +28,7 @@ class Intervention:
     Attributes:
         step: optimizer step, counted from 0.
         controller: its name in this session.
-        action: "scale", "withhold", "reject", "rollback" or "stop".
+        action: "scale", "decay", "withhold", "reject", "rollback" or "stop".
         reason: what was seen and done, in words.
         saw: the numbers behind it.
     """
@@ -66,13 +66,13 @@ class InterventionLog:
         self.rejection: Intervention | None = None
         self._readings = readings
         self._tallies: dict[tuple[str, str], Tally] = {}
-        self._untold: list[tuple[int, str, Scale | Reject]] = []
+        self._untold: list[tuple[int, str, AfterUpdate]] = []
 
-    def add(self, step: int, controller: str, decision: Decision) -> None:
-        """Remember a decision, now or when its numbers are on the host."""
-        if isinstance(decision, (Scale, Reject)) and not all(map(is_on_host, _tensors(decision))):
+    def add(self, step: int, controller: str, decision: AfterUpdate) -> None:
+        """Remember a decision that changed something, now or when its numbers are on the host."""
+        if not all(map(is_on_host, _tensors(decision))):
             self._untold.append((step, controller, decision))
-        else:
+        elif decision.acts:
             self.tell(step, controller, decision)
 
     def read(self, tensors: Sequence[Tensor] = ()) -> list[float]:
@@ -84,17 +84,17 @@ class InterventionLog:
         found = [next(numbers)[0] for _ in tensors]
         rejected = None
         for step, controller, decision in untold:
-            verdict, *saw = (
+            acts, *saw = (
                 next(numbers)[0] if isinstance(value, Tensor) else value
-                for value in (_verdict(decision), *decision.saw.values())
+                for value in (decision.acts, *decision.saw.values())
             )
             known = replace(decision, saw=dict(zip(decision.saw, saw, strict=True)))
             if step == rejected:
                 continue  # nothing else was decided on it
-            if isinstance(known, Reject) and verdict:
-                self.rejection, rejected = self.tell(step, controller, known), step
-            elif isinstance(known, Scale) and verdict != 1:
-                self.tell(step, controller, known)
+            if acts:
+                told = self.tell(step, controller, known)
+                if isinstance(known, Reject):
+                    self.rejection, rejected = told, step
         return found
 
     @property
@@ -123,7 +123,7 @@ class InterventionLog:
     def tell(self, step: int, controller: str, decision: Decision) -> Intervention:
         """Remember a decision now, whatever the wait."""
         saw = {key: float(value) for key, value in decision.saw.items()}
-        one = Intervention(step, controller, action(type(decision)), _filled_in(decision.reason, saw), saw)
+        one = Intervention(step, controller, decision.action, _in_words(decision, saw), saw)
         self.latest.append(one)
         kind = controller, one.action
         so_far = self._tallies.get(kind, Tally(*kind, 0, step, step, one.reason))
@@ -132,26 +132,20 @@ class InterventionLog:
         return one
 
 
-def action(decision: type[Decision]) -> str:
-    """What a decision of this type is called in traces and counters."""
-    return decision.__name__.lower()
-
-
 def is_on_host(tensor: Tensor) -> bool:
     """Whether reading it makes nobody wait."""
     return tensor.device.type == "cpu"
 
 
-def _verdict(decision: Scale | Reject) -> float | Tensor:
-    return decision.factor if isinstance(decision, Scale) else decision.when
+def _tensors(decision: AfterUpdate) -> list[Tensor]:
+    return [value for value in (decision.acts, *decision.saw.values()) if isinstance(value, Tensor)]
 
 
-def _tensors(decision: Scale | Reject) -> list[Tensor]:
-    return [value for value in (_verdict(decision), *decision.saw.values()) if isinstance(value, Tensor)]
-
-
-def _filled_in(reason: str, saw: Mapping[str, float]) -> str:
+def _in_words(decision: Decision, saw: Mapping[str, float]) -> str:
+    reason, words = decision.reason or "", dict[str, object](saw)
+    if isinstance(decision, (ScaleMatrices, Decay)) and "worst" in saw:
+        words["layer"] = decision.layers[int(saw["worst"])].name
     try:
-        return reason.format(**saw)
+        return reason.format(**words)
     except (KeyError, IndexError, ValueError):
         return reason  # braces of its own

@@ -62,6 +62,14 @@ WEIGHT_STABLE_RANK = _define("weight_stable_rank", "gauge", "1", "||W||_F^2 / si
 WEIGHT_SPECTRAL_CONDITION = _define(
     "weight_spectral_condition", "gauge", "1", "sigma_1(W) / sqrt(d_out / d_in).", "layer"
 )
+WEIGHT_SPECTRAL_CEILING = _define(
+    "weight_spectral_ceiling", "gauge", "1", "Ceiling on sigma_1(W), by UpdateClamp and decay.",
+    "layer",
+)  # fmt: skip
+WEIGHT_DECAY_IN_FORCE = _define(
+    "weight_decay_in_force", "gauge", "1", "Weight decay that a controller put in place.",
+    "layer",
+)  # fmt: skip
 UPDATE_SPECTRAL_NORM = _define(
     "update_spectral_norm", "gauge", "1", "Top singular value of the matrix's update, sigma_1(dW).", "layer"
 )

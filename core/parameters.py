@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,43 @@ def fans(layers: Sequence[MatrixLayer], like: Tensor) -> Tensor:
     """``sqrt(d_out / d_in)`` of each layer, ``(n,)``, on the device and in the dtype of ``like``, without waiting."""
     values = [(layer.d_out / layer.d_in) ** 0.5 for layer in layers]
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
+def by_parameter(
+    layers: Sequence[MatrixLayer],
+    numbers: Tensor,
+    parameters: Mapping[str, Tensor],
+    default: Callable[[str], float | Tensor],
+) -> dict[str, float | Tensor]:
+    """A number a matrix, ``(n,)``, as a number a parameter, which broadcasts against it.
+
+    Floats for numbers on the host, 0-d tensors for others, and ``(..., 1, 1)`` for a stack of matrices, where
+    ``default`` stands for those that are not among the layers.
+    """
+    values = list(numbers.tolist() if numbers.device.type == "cpu" else numbers)
+    found: dict[str, float | Tensor] = {}
+    for layer, value in zip(layers, values, strict=True):
+        name = layer.parameter
+        if layer.index is None:
+            found[name] = value
+            continue
+        if name not in found:
+            shape = (*parameters[name].shape[:-2], 1, 1)
+            found[name] = torch.as_tensor(default(name)).to(numbers).expand(shape).clone()
+        torch.as_tensor(found[name]).view(-1)[layer.index] = value
+    return found
+
+
+def by_layer(layers: Sequence[MatrixLayer], numbers: Mapping[str, float | Tensor], like: Tensor) -> Tensor:
+    """The other way round: a number a parameter as one a matrix, ``(n,)``, where and of the dtype that ``like`` is."""
+    values = [
+        number.reshape(-1)[layer.index or 0] if isinstance(number := numbers[layer.parameter], Tensor) and number.dim()
+        else number
+        for layer in layers
+    ]  # fmt: skip
+    if not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+    return torch.stack([torch.as_tensor(value).to(like, non_blocking=True) for value in values])
 
 
 def matrix_layers(model: nn.Module, notes: Notes) -> list[MatrixLayer]:

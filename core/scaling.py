@@ -16,9 +16,8 @@ where a model divides its logits by the width itself, name the readout in ``vect
 from __future__ import annotations
 
 import math
-import re
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -182,36 +181,12 @@ def transfer(
                     {**group, "params": params, "lr": rate, "weight_decay": decay, "name": name, _SCALED: scale}
                 )
     if show:
-        _print_decisions(decided.values(), made, parameters, base_width, width)
+        from redline.scaling_view import print_decisions  # rich is loaded only by who prints
+
+        rates = {id(p): (group["lr"], group["weight_decay"]) for group in made for p in group["params"]}
+        title = f"From width {base_width} to {width}"
+        print_decisions(title, [(one, rates.get(id(parameters[name]))) for name, one in decided.items()])
     return made
-
-
-def _print_decisions(
-    decided: Iterable[ScaledParameter],
-    groups: Sequence[Mapping[str, Any]],
-    parameters: Mapping[str, Tensor],
-    base_width: int,
-    width: int,
-) -> None:
-    """One row for all parameters that differ in nothing but numbers of their names."""
-    import rich  # loaded only by who prints
-    from rich.table import Table
-
-    settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    rows: dict[tuple[Any, ...], int] = {}
-    for one in decided:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", one.name)
-        row = (pattern, one.shape, one.kind, *settings.get(id(parameters[one.name]), (None, None)), one.why)
-        rows[row] = rows.get(row, 0) + 1
-    table = Table(title=f"From width {base_width} to {width}", title_justify="left", box=None, padding=(0, 1))
-    for heading in ("parameter", "shape", "taken for", "lr", "weight decay", "because"):
-        table.add_column(heading, justify="right" if heading in ("lr", "weight decay") else "left")
-    for (pattern, shape, kind, rate, decay, why), count in rows.items():
-        figures = ["in no group", ""] if rate is None else [f"{rate:.3g}", f"{decay:.3g}"]
-        times = f" ×{count}" if count > 1 else ""
-        style = "cyan" if kind == "matrix-like" else None
-        table.add_row(f"{pattern}{times}", " × ".join(map(str, shape)), kind, *figures, why, style=style)
-    rich.get_console().print(table)
 
 
 @dataclass(frozen=True)
@@ -247,24 +222,9 @@ class SpectraComparison:
         return asdict(self)
 
     def __rich__(self) -> Any:
-        from rich.table import Table
+        from redline.scaling_view import comparison_view
 
-        within = sum(abs(one.ratio - 1) <= self.tolerance for one in self.layers)
-        table = Table(
-            title=f"Top singular values: {within} of {len(self.layers)} match within {self.tolerance:.0%}, the median "
-            f"ratio is {self.median_ratio:.3g}",
-            title_justify="left",
-            box=None,
-            padding=(0, 1),
-        )
-        for heading in ("layer", "reference", "run", "ratio"):
-            table.add_column(heading, justify="left" if heading == "layer" else "right")
-        for one in self.layers:
-            style = "green" if abs(one.ratio - 1) <= self.tolerance else "yellow"
-            table.add_row(one.layer, f"{one.reference:.3g}", f"{one.run:.3g}", f"×{one.ratio:.3g}", style=style)
-        for name in self.unmatched:
-            table.add_row(name, "–", "–", "only in one", style="dim")
-        return table
+        return comparison_view(self)
 
 
 def compare_spectra(

@@ -130,6 +130,7 @@ class Session:
         self._capture = ForwardCapture(model, module, self.before_forward)
         self._probe = TangentProbe(self._capture, logits, batch_dim, self._notes, around_replay)
         self._hooks = [OptimizerHooks(optimizer, self) for optimizer in self._optimizers]
+        self._control.begin(self._layers, [self._names.held_by(one) for one in self._optimizers], self._notes)
         self._arm()
         self._snapshot = self._readings.fetch(run)
         for name, sink in list(self._sinks):
@@ -313,7 +314,7 @@ class Session:
             groups,
             self._layers,
             lambda: dict(self._model.named_parameters()),
-            self._transaction.update,
+            self._transaction,
             self._control.log.read,
             self._take_tangent,
             lambda tolerance: self._weight_spectra.measure(

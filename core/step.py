@@ -12,6 +12,8 @@ from torch import Tensor
 from redline.numerics.spectra import SpectralEstimate
 from redline.parameters import MatrixLayer
 from redline.tangent_probe import StepTangent
+from redline.transaction import StepTransaction
+from redline.weight_decay import Rates
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Step:
         groups: ``(optimizer label, group label, group)`` of every parameter group.
         layers: the model's matrices.
         withheld: whether a controller set the gradients aside: there is no update then.
+        rates: by parameter name, the learning rate and weight decay the step was made with; decisions on decay change
+            them. Only where a controller decides on single parameters.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class Step:
         groups: Sequence[tuple[str, str, Mapping[str, Any]]],
         layers: Sequence[MatrixLayer],
         read_weights: Callable[[], Mapping[str, Tensor]],
-        read_update: Callable[[], dict[str, Tensor]],
+        transaction: StepTransaction,
         to_host: Callable[[Sequence[Tensor]], list[float]],
         take_tangent: Callable[[Mapping[str, Tensor], int | None], StepTangent | None],
         measure_weights: Callable[[float], SpectralEstimate],
@@ -71,7 +75,8 @@ class Step:
         self.gradient_norm: Tensor | None = None
         self.scaled = False
         self.withheld = False
-        self._read_weights, self._read_update, self._to_host = read_weights, read_update, to_host
+        self.rates: dict[str, Rates] = {}
+        self._read_weights, self._transaction, self._to_host = read_weights, transaction, to_host
         self._start: StepStart | None = None
         self._take_tangent, self._measure_weights = take_tangent, measure_weights
         self._update: Update | None = None
@@ -97,9 +102,24 @@ class Step:
     def update(self) -> Update:
         """The update as it stands; only for those who declared ``Need.UPDATE``."""
         if self._update is None:
-            tensors = self._read_update()
+            tensors = self._transaction.update()
             self._update = Update(tensors, torch.nn.utils.get_total_norm(list(tensors.values())))
         return self._update
+
+    @property
+    def before(self) -> Mapping[str, Tensor]:
+        """``theta_before``, by parameter name; only for those who declared ``Need.UPDATE``."""
+        return self._transaction.before
+
+    def net_update(self, parameter: str) -> Tensor:
+        """One parameter's update as it stands, net of decoupled decay: ``p + lr * wd * theta_before``.
+
+        The whole of it where the decay is not decoupled; ``rates`` says why.
+        """
+        update, decay = self.update.tensors[parameter], self.rates[parameter].decay
+        if not isinstance(decay, Tensor):
+            return update.add(self.before[parameter], alpha=decay) if decay else update
+        return update + decay.to(update) * self.before[parameter]
 
     def tangent(self, max_samples: int | None) -> StepTangent | None:
         """The logit tangent along the update, or None where it cannot be taken (a note says why).

@@ -1,12 +1,14 @@
 """The step transaction: ``theta_before``, the update the optimizer proposed, and what is committed of it.
 
 It reads what the optimizer did and never re-derives it, so it is the same for every optimizer. Copies live from
-``save`` to ``close``.
+``save`` to ``close``. What is to be committed of a parameter is ``alpha * p + beta * theta_before``: 1 and 0 is the
+optimizer's own step; ``beta`` is how decoupled decay is kept, or changed, apart from the rest of ``p``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,16 +16,28 @@ from torch import Tensor
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
+class _Share(NamedTuple):
+    """Numbers, or tensors that broadcast against the parameter."""
+
+    alpha: float | Tensor
+    beta: float | Tensor
+
+
+_ALL = _Share(1.0, 0.0)
+_NONE = _Share(0.0, 0.0)
+
+
 class StepTransaction:
     """One joint step over the parameters it is told of, by name.
 
-    Scales gather until ``commit`` writes them: up to then the parameters are as the optimizer left them.
+    Decisions gather until ``commit`` writes them: up to then the parameters are as the optimizer left them. A tensor
+    that is given as a number, 0-d or broadcasting against the parameter, is never waited for.
     """
 
     def __init__(self) -> None:
         self.parameters: dict[str, Tensor] = {}
         self.before: dict[str, Tensor] = {}
-        self._factors: dict[str, float | Tensor] = {}
+        self._shares: dict[str, _Share] = {}
         self._withheld: dict[Tensor, Tensor] = {}
 
     def save(self, parameters: Mapping[str, Tensor]) -> None:
@@ -34,45 +48,53 @@ class StepTransaction:
                 self.before[name] = parameter.detach().clone()
 
     def update(self) -> dict[str, Tensor]:
-        """``p``, by name: what the optimizer did, times what was decided so far; float32 for half precision."""
-        return {name: self._scaled_update(name) for name in self.parameters}
+        """What is left of ``p``, by name, after what was decided so far; float32 for half precision."""
+        return {name: self._left_of_update(name) for name in self.parameters}
 
     def scale(self, factor: float | Tensor, names: Iterable[str] | None = None) -> None:
-        """Decide to commit ``factor`` times what is left of the update of all parameters, or of the named ones.
-
-        A 0-d tensor is never waited for.
-        """
+        """Decide to commit ``factor`` times what is left of the update of all parameters, or of the named ones."""
         for name in self.parameters if names is None else names:
-            self._factors[name] = factor * self._factors.get(name, 1.0)
+            share = self._shares.get(name, _ALL)
+            self._shares[name] = _Share(factor * share.alpha, factor * share.beta)
+
+    def scale_net(self, name: str, factor: float | Tensor, decay: float | Tensor) -> None:
+        """The same of one parameter's update net of decoupled decay: ``decay = lr * wd`` in force stays whole."""
+        share = self._shares.get(name, _ALL)
+        self._shares[name] = _Share(factor * share.alpha, factor * share.beta + (factor - 1) * decay)
+
+    def shrink(self, name: str, decay: float | Tensor) -> None:
+        """Decide to shrink one parameter by ``decay`` times ``theta_before`` besides; less than 0 lets it grow."""
+        share = self._shares.get(name, _ALL)
+        self._shares[name] = _Share(share.alpha, share.beta - decay)
 
     def commit(self) -> None:
-        """Write ``theta_before + factor * p``.
+        """Write what was decided.
 
-        With 1 a parameter stays as the optimizer left it, bit for bit; with 0 it is as it was before.
+        What stays the optimizer's whole update is left as the optimizer left it, bit for bit; with nothing of it a
+        parameter is as it was before.
         """
-        for name, factor in self._factors.items():
+        for name, (alpha, beta) in self._shares.items():
             parameter, before = self.parameters[name].detach(), self.before[name]
-            if isinstance(factor, Tensor):
-                factor = factor.to(parameter.device, non_blocking=True)
-                moved = (_wide(before) + self._scaled_update(name)).to(parameter.dtype)
-                moved = torch.where(factor == 0, before, moved)
-                parameter.copy_(torch.where(factor == 1, parameter, moved))
-            elif factor == 0:
+            if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
+                alpha, beta = _on(parameter, alpha), _on(parameter, beta)
+                moved = (_wide(before) + self._left_of_update(name)).to(parameter.dtype)
+                moved = torch.where((alpha == 0) & (beta == 0), before, moved)
+                parameter.copy_(torch.where((alpha == 1) & (beta == 0), parameter, moved))
+            elif (alpha, beta) == _NONE:
                 parameter.copy_(before)
-            elif factor != 1:
-                parameter.copy_(_wide(before) + self._scaled_update(name))
-        self._factors = {}
+            elif alpha == 1 and beta != 0:
+                parameter.copy_(_wide(parameter) + beta * _wide(before))
+            elif alpha != 1:
+                parameter.copy_(_wide(before) + self._left_of_update(name))
+        self._shares = {}
 
-    def _scaled_update(self, name: str) -> Tensor:
-        factor = self._factors.get(name, 1.0)
+    def _left_of_update(self, name: str) -> Tensor:
+        alpha, beta = self._shares.get(name, _ALL)
         before = _wide(self.before[name])
-        update = _wide(self.parameters[name].detach()) - before
-        if isinstance(factor, Tensor):
-            factor = factor.to(update.device, non_blocking=True)
-            return torch.where(factor == 0, 0.0, factor.to(update.dtype) * update)
-        if factor == 0:
-            return torch.zeros_like(before)  # also of an update that is not finite
-        return update if factor == 1 else factor * update
+        update = _times(alpha, _wide(self.parameters[name].detach()) - before)
+        if isinstance(beta, Tensor):
+            return update + _on(before, beta).to(before.dtype) * before
+        return update + beta * before if beta != 0 else update
 
     def withhold(self, parameters: Iterable[Tensor]) -> None:
         """Set gradients aside, so that the optimizer skips these parameters: no decay, no state change."""
@@ -90,8 +112,23 @@ class StepTransaction:
     def close(self) -> None:
         """End the step: gradients go back, copies go."""
         self.return_gradients()
-        self.parameters, self.before, self._factors = {}, {}, {}
+        self.parameters, self.before, self._shares = {}, {}, {}
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _LOW_PRECISION else tensor
+
+
+def _on(tensor: Tensor, number: float | Tensor) -> Tensor:
+    """A number on a tensor's device."""
+    return torch.as_tensor(number).to(tensor.device, non_blocking=True)
+
+
+def _times(factor: float | Tensor, tensor: Tensor) -> Tensor:
+    """The product; 0 where the factor is, also of what is not finite."""
+    if isinstance(factor, Tensor):
+        factor = _on(tensor, factor)
+        return torch.where(factor == 0, 0.0, factor.to(tensor.dtype) * tensor)
+    if factor == 0:
+        return torch.zeros_like(tensor)
+    return tensor if factor == 1 else factor * tensor

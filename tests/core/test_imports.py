@@ -72,7 +72,7 @@ def of_others(name: str) -> set[str]:
     return tops - set(sys.stdlib_module_names) - {"redline"}
 
 
-# Packages of ours, and of others, that each folder may import. The report, which is core's, prints itself with rich.
+# Packages of ours, and of others, that each folder may import. What core prints, it prints with rich.
 MAY_IMPORT = {
     "redline": ({"redline", "redline.numerics"}, {"torch", "numpy"}),
     "redline.numerics": ({"redline.numerics"}, {"torch", "numpy"}),
@@ -82,6 +82,7 @@ MAY_IMPORT = {
 BESIDES: dict[str, tuple[set[str], set[str]]] = {
     "redline": ({"redline.monitors", "redline.controllers", "redline.integrations"}, set()),
     "redline.report_view": (set(), {"rich"}),
+    "redline.scaling_view": (set(), {"rich"}),
 }
 ALLOWED_OUT_OF_CORE = {"redline.errors"}  # what numerics raises is a public name
 

@@ -1,0 +1,125 @@
+"""Weight decay: which part of an update it is, and whether it can be told from the rest.
+
+Decoupled decay moves a parameter by ``-lr * wd * theta`` whatever its gradient, so that ``p = q - lr * wd * theta``
+with ``q`` the update net of decay. Which optimizers decay so is not known by name: each is asked, on a scratch copy.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_STEPS = 4  # momentum tells coupled decay from decoupled only at the second
+_SHAPE = (8, 2)  # not square: rates adjusted to the shape differ from the group's
+_LEARNING_RATE, _WEIGHT_DECAY = 2.0**-4, 2.0**-3
+_TOLERANCE = 1e-6
+# Settings that ask for another device, a graph or a loss scale.
+_PLAIN = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
+_LOSS_SCALE = ("grad_scale", "found_inf")
+
+
+class Rates(NamedTuple):
+    """What one parameter's step was made with.
+
+    Attributes:
+        lr: learning rate of its group: a float, or a 0-d tensor.
+        weight_decay: in force: its group's, or what a controller put in its place; for a stack of matrices a tensor
+            that broadcasts against the parameter if they differ. 0 where the decay is not decoupled.
+        coupled: why the group's decay cannot be told from the rest of the update, or None where it can.
+    """
+
+    lr: float | Tensor
+    weight_decay: float | Tensor
+    coupled: str | None
+
+    @property
+    def decay(self) -> float | Tensor:
+        """``lr * wd``, the share of itself by which decoupled decay shrank the parameter; 0 for none."""
+        return self.lr * self.weight_decay
+
+
+class DecayRules:
+    """How the parameter groups of a session's optimizers decay; each is tried out once."""
+
+    def __init__(self) -> None:
+        self._coupled: dict[tuple[Optimizer, int], str | None] = {}
+
+    def rates(self, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Rates]:
+        """The rates of the named parameters, as the groups have them now."""
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        found: dict[str, Rates] = {}
+        for place, group in enumerate(optimizer.param_groups):
+            lr, weight_decay = _kept(group.get("lr", 0.0)), _kept(group.get("weight_decay", 0.0))
+            coupled = None
+            if isinstance(weight_decay, Tensor) or weight_decay:
+                if (optimizer, place) not in self._coupled:
+                    self._coupled[optimizer, place] = why_coupled(optimizer, group)
+                coupled = self._coupled[optimizer, place]
+            rates = Rates(lr, 0.0 if coupled else weight_decay, coupled)
+            found.update({names[id(p)]: rates for p in group["params"] if id(p) in names})
+        return found
+
+
+def why_coupled(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
+    """Why the decay of a group's parameters cannot be told from the rest of their updates, or None where it can.
+
+    Two scratch copies of the optimizer are given the same gradients, one with decay and one without, from the same
+    weights at each of a few steps: decay that is decoupled, at the group's own rate, is all they differ by.
+    """
+    name = type(optimizer).__name__
+    try:
+        decoupled = _differ_by_decoupled_decay(optimizer, group)
+    except Exception as error:  # noqa: BLE001 an optimizer of any kind; the run goes on without what needs this
+        return f"{name} could not be tried out on a scratch parameter ({type(error).__name__}: {error})"
+    return (
+        None
+        if decoupled
+        else f"the weight decay of {name} is not decoupled from the gradient, or does not go by the group's rate"
+    )
+
+
+def _differ_by_decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(_SHAPE, generator=generator, dtype=torch.float64)
+    decayed, plain = nn.Parameter(start), nn.Parameter(start.clone())
+    with torch.random.fork_rng(devices=[]):  # some round at random
+        twins = [_scratch(optimizer, group, decayed, _WEIGHT_DECAY), _scratch(optimizer, group, plain, 0.0)]
+        for _ in range(_STEPS):
+            before = decayed.detach().clone()
+            plain.detach().copy_(before)
+            gradient = torch.randn(_SHAPE, generator=generator, dtype=torch.float64)
+            decayed.grad, plain.grad = gradient, gradient.clone()
+            for twin in twins:
+                type(twin).step(twin)
+            expected = -_LEARNING_RATE * _WEIGHT_DECAY * before
+            if not torch.allclose(decayed.detach() - plain.detach(), expected, rtol=0, atol=_TOLERANCE):
+                return False
+    return True
+
+
+def _scratch(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter, weight_decay: float) -> Optimizer:
+    """An optimizer of the same class and settings over one parameter, without state, hooks or schedulers."""
+    twin: Optimizer = object.__new__(type(optimizer))
+    for key, value in vars(optimizer).items():
+        if key.endswith("_hooks"):
+            vars(twin)[key] = OrderedDict()
+        elif key != "step" and key not in _LOSS_SCALE:  # schedulers wrap the instance's step
+            vars(twin)[key] = value
+    settings = {key: value for key, value in _PLAIN.items() if key in group}
+    twin.state = defaultdict(dict)
+    twin.param_groups = [
+        {**group, **settings, "params": [parameter], "lr": _LEARNING_RATE, "weight_decay": weight_decay}
+    ]
+    return twin
+
+
+def _kept(value: float | Tensor) -> float | Tensor:
+    """A copy of a rate in a tensor, which a schedule may go on to change in place."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    return float(value) if value.device.type == "cpu" else value.detach().clone()
