@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from redline.controller import Scale
+from redline.controller import Number, Scale
 from redline.errors import ConfigurationError
 from redline.radius_controller import RadiusController
 from redline.step import Step
@@ -52,5 +52,5 @@ class RadiusLR(RadiusController):
     def scale(self, r: Tensor, step: Step) -> Scale:
         """Bring the step to its length."""
         factor = torch.where((r > 0) & r.isfinite(), self.r / r, 1.0)
-        saw = {"r": r, "target": self.r, "scale": factor, "update_norm": step.update.norm}
+        saw: dict[str, Number] = {"r": r, "target": self.r, "scale": factor, "update_norm": step.update.norm}
         return Scale(factor, "r = {r:.3g} was brought to {target:.3g}: the step was scaled by {scale:.3g}.", saw=saw)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from redline.controller import Scale
+from redline.controller import Number, Scale
 from redline.errors import ConfigurationError
 from redline.radius_controller import RadiusController
 from redline.step import Step
@@ -49,5 +49,5 @@ class StepClamp(RadiusController):
     def scale(self, r: Tensor, step: Step) -> Scale:
         """Shorten the step if it is too long."""
         factor = torch.where(r > self.max_r, self.max_r / r, 1.0)
-        saw = {"r": r, "max_r": self.max_r, "scale": factor, "update_norm": step.update.norm}
+        saw: dict[str, Number] = {"r": r, "max_r": self.max_r, "scale": factor, "update_norm": step.update.norm}
         return Scale(factor, "r = {r:.3g} was over {max_r:.3g}: the step was scaled by {scale:.3g}.", saw=saw)

@@ -80,6 +80,10 @@ class UpdateClamp(Controller):
         if not layers:
             return []
         net = {name: step.net_update(name) for name in dict.fromkeys(layer.parameter for layer in layers)}
+        if next(iter(net.values())).device.type == "cpu":  # elsewhere to ask would be to wait
+            layers = [layer for layer in layers if not self._is_surely_under(step, layer, net[layer.parameter])]
+            if not layers:
+                return []
         sigma = self._updates.measure(layers, net, _TOLERANCE).sigma * (1 + _TOLERANCE)
         if self.relative_to == "fan":
             rates = {name: step.rates[name].lr for name in net}
@@ -92,19 +96,25 @@ class UpdateClamp(Controller):
         factors = torch.where(over, 1 / times, 1.0)
         worst = torch.where(over, times, 0.0).argmax()
         saw = {"matrices": over.sum(), "worst": worst}
-        saw |= {name: of.gather(0, worst.reshape(1))[0] for name, of in
-                (("sigma", sigma), ("limit", limits), ("scale", factors))}  # fmt: skip
+        for name, values in (("sigma", sigma), ("limit", limits), ("scale", factors)):
+            saw[name] = values.gather(0, worst.reshape(1))[0]
         return [
             ScaleMatrices(
                 layers,
                 factors,
-                "sigma_1 of the update was over its limit for {matrices:.0f} of "
-                + str(len(layers))
-                + " matrices, most "
-                "for {layer}: {sigma:.3g} over {limit:.3g}, scaled by {scale:.3g}.",
+                "sigma_1 of the update was over the limit in {matrices:.0f} matrices, most in {layer}: {sigma:.3g} "
+                "over {limit:.3g}, scaled by {scale:.3g} there.",
                 saw,
             )
         ]
+
+    def _is_surely_under(self, step: Step, layer: MatrixLayer, net: Tensor) -> bool:
+        """Whether Frobenius norms alone say so: ``sigma_1 <= ||.||_F <= sqrt(min(d_out, d_in)) sigma_1``."""
+        most = float(torch.linalg.vector_norm(layer.of(net))) * (1 + _TOLERANCE)
+        if self.relative_to == "fan":
+            return most <= self.limit * float(step.rates[layer.parameter].lr) * (layer.d_out / layer.d_in) ** 0.5
+        weight = float(torch.linalg.vector_norm(layer.of(step.before[layer.parameter]), dtype=net.dtype))
+        return most <= self.limit * weight / min(layer.d_out, layer.d_in) ** 0.5
 
     def read_out(self, step: Step, readings: Readings) -> None:
         """The ceilings."""

@@ -1,4 +1,4 @@
-"""Spectra of a fixed list of matrices over a run, each started warm from the last time."""
+"""Spectra of named matrices over a run, each started warm from the last time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from redline.parameters import MatrixLayer
 
 
 class SpectrumTracker:
-    """Keeps the warm start between measurements."""
+    """Keeps the warm start of each matrix between measurements."""
 
     def __init__(self, seed: int) -> None:
         """``seed``: of its own random columns."""
-        self._state = SpectralState(seed=seed)
-        self._layers: tuple[str, ...] = ()
+        self._vectors: dict[str, Tensor] = {}
+        self._seed = seed
 
     def measure(
         self, layers: Sequence[MatrixLayer], tensors: Mapping[str, Tensor], tolerance: float
@@ -25,23 +25,23 @@ class SpectrumTracker:
         """Top singular values of the layers' matrices.
 
         Args:
-            layers: which; where they are others than last time, it starts cold.
+            layers: which; one that was not measured before starts cold.
             tensors: by parameter name, of the parameter's shape: the weights, or their updates.
             tolerance: relative error of ``sigma_1`` to iterate to.
         """
-        names = tuple(layer.name for layer in layers)
-        state = self._state if names == self._layers else SpectralState(seed=self._state.seed)
-        estimate = top_singular_values(
-            [layer.of(tensors[layer.parameter]) for layer in layers], state, tolerance=tolerance
-        )
-        self._state, self._layers = estimate.state, names
+        warm = SpectralState(tuple(self._vectors.get(layer.name) for layer in layers), self._seed)
+        matrices = [layer.of(tensors[layer.parameter]) for layer in layers]
+        estimate = top_singular_values(matrices, warm, tolerance=tolerance)
+        found = zip(layers, estimate.state.vectors, strict=True)
+        self._vectors.update({layer.name: vectors for layer, vectors in found if vectors is not None})
+        self._seed = estimate.state.seed
         return estimate
 
     def state_dict(self) -> dict[str, Any]:
         """The warm vectors, the layers they belong to, and the seed."""
-        return {"vectors": list(self._state.vectors), "seed": self._state.seed, "layers": list(self._layers)}
+        return {"vectors": list(self._vectors.values()), "seed": self._seed, "layers": list(self._vectors)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Start warm from vectors saved before."""
-        self._state = SpectralState(tuple(state["vectors"]), state["seed"])
-        self._layers = tuple(state["layers"])
+        self._vectors = dict(zip(state["layers"], state["vectors"], strict=True))
+        self._seed = state["seed"]

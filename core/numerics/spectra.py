@@ -33,11 +33,12 @@ class SpectralState:
     """What a call leaves for the next one to start warm from.
 
     Attributes:
-        vectors: for each matrix its top Ritz vectors, ``(min(m, n), rank)`` at most, float32 or float64.
+        vectors: for each matrix its top Ritz vectors, ``(min(m, n), rank)`` at most, float32 or float64; None for one
+            that is to start cold.
         seed: of the fresh random columns; counts up, so that each call draws others.
     """
 
-    vectors: tuple[Tensor, ...] = ()
+    vectors: tuple[Tensor | None, ...] = ()
     seed: int = 0
 
 
