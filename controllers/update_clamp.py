@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,13 +13,10 @@ from redline import metrics
 from redline.controller import Controller, RunOutline, ScaleMatrices
 from redline.errors import ConfigurationError
 from redline.monitor import Need
-from redline.parameters import MatrixLayer, by_layer, fans
+from redline.parameters import by_layer, fans
 from redline.readings import Readings
-from redline.spectrum_tracker import SpectrumTracker
 from redline.step import Step
-
-_UPDATE_SEED, _WEIGHT_SEED = 0xC1A3B, 0xCE111
-_TOLERANCE = 1e-3  # relative error of sigma_1; estimates are from below, and so much is allowed for
+from redline.update_limits import TOLERANCE, UpdateLimits, moved
 
 
 class UpdateClamp(Controller):
@@ -63,7 +60,7 @@ class UpdateClamp(Controller):
         self._forget()
 
     def _forget(self) -> None:
-        self._updates, self._weights = SpectrumTracker(_UPDATE_SEED), SpectrumTracker(_WEIGHT_SEED)
+        self._limits = UpdateLimits(self.limit, self.relative_to)
         self._ceilings: dict[str, Tensor] = {}
 
     def begin(self, run: RunOutline) -> None:
@@ -76,77 +73,30 @@ class UpdateClamp(Controller):
 
     def inspect(self, step: Step) -> Iterable[ScaleMatrices]:
         """Measure each matrix's update, and scale those over their limit."""
-        layers = _moved(step)
-        if not layers:
-            return []
-        net = {name: step.net_update(name) for name in dict.fromkeys(layer.parameter for layer in layers)}
-        if next(iter(net.values())).device.type == "cpu":  # elsewhere to ask would be to wait
-            layers = [layer for layer in layers if not self._is_surely_under(step, layer, net[layer.parameter])]
-            if not layers:
-                return []
-        sigma = self._updates.measure(layers, net, _TOLERANCE).sigma * (1 + _TOLERANCE)
-        if self.relative_to == "fan":
-            rates = {name: step.rates[name].lr for name in net}
-            limits = self.limit * by_layer(layers, rates, sigma) * fans(layers, sigma)
-        else:
-            weights = self._weights.measure(layers, step.before, _TOLERANCE).sigma.to(sigma)
-            limits = torch.where(weights > 0, self.limit * weights, math.inf)
-        times = sigma / limits
-        over = times > 1  # not where either is NaN: guards see to that
-        factors = torch.where(over, 1 / times, 1.0)
-        worst = torch.where(over, times, 0.0).argmax()
-        saw = {"matrices": over.sum(), "worst": worst}
-        for name, values in (("sigma", sigma), ("limit", limits), ("scale", factors)):
-            saw[name] = values.gather(0, worst.reshape(1))[0]
-        return [
-            ScaleMatrices(
-                layers,
-                factors,
-                "sigma_1 of the update was over the limit in {matrices:.0f} matrices, most in {layer}: {sigma:.3g} "
-                "over {limit:.3g}, scaled by {scale:.3g} there.",
-                saw,
-            )
-        ]
-
-    def _is_surely_under(self, step: Step, layer: MatrixLayer, net: Tensor) -> bool:
-        """Whether Frobenius norms alone say so: ``sigma_1 <= ||.||_F <= sqrt(min(d_out, d_in)) sigma_1``."""
-        most = float(torch.linalg.vector_norm(layer.of(net))) * (1 + _TOLERANCE)
-        if self.relative_to == "fan":
-            return most <= self.limit * float(step.rates[layer.parameter].lr) * (layer.d_out / layer.d_in) ** 0.5
-        weight = float(torch.linalg.vector_norm(layer.of(step.before[layer.parameter]), dtype=net.dtype))
-        return most <= self.limit * weight / min(layer.d_out, layer.d_in) ** 0.5
+        decision = self._limits.scale(step)
+        return [] if decision is None else [decision]
 
     def read_out(self, step: Step, readings: Readings) -> None:
         """The ceilings."""
-        layers = _moved(step)
+        layers = moved(step)
         if self.relative_to != "fan" or not layers:
             return
         if new := [layer for layer in layers if layer.name not in self._ceilings]:
-            sigma = self._weights.measure(new, step.before, _TOLERANCE).sigma * (1 + _TOLERANCE)
+            sigma = self._limits.weights(step, new) * (1 + TOLERANCE)
             self._ceilings.update(zip([layer.name for layer in new], sigma, strict=True))
         ceilings = torch.stack([self._ceilings[layer.name] for layer in layers])
-        decays = by_layer(
-            layers, {layer.parameter: step.rates[layer.parameter].weight_decay for layer in layers}, ceilings
-        )
-        ceilings = torch.maximum(ceilings, self.limit * fans(layers, ceilings) / decays)
+        decays = {layer.parameter: step.rates[layer.parameter].weight_decay for layer in layers}
+        at_rest = self.limit * fans(layers, ceilings) / by_layer(layers, decays, ceilings)
+        ceilings = torch.maximum(ceilings, at_rest)
         names = [layer.name for layer in layers]
         self._ceilings.update(zip(names, ceilings, strict=True))
         readings.layers(metrics.WEIGHT_SPECTRAL_CEILING, names, ceilings, ceilings.isfinite())
 
     def state_dict(self) -> dict[str, Any]:
         """Warm starts and ceilings."""
-        return {
-            "updates": self._updates.state_dict(),
-            "weights": self._weights.state_dict(),
-            "ceilings": dict(self._ceilings),
-        }
+        return {"limits": self._limits.state_dict(), "ceilings": dict(self._ceilings)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as before."""
-        self._updates.load_state_dict(state["updates"])
-        self._weights.load_state_dict(state["weights"])
+        self._limits.load_state_dict(state["limits"])
         self._ceilings = dict(state["ceilings"])
-
-
-def _moved(step: Step) -> Sequence[MatrixLayer]:
-    return [layer for layer in step.layers if layer.parameter in step.before]

@@ -157,7 +157,8 @@ class WeightDecayControl(Controller):
         layers = [layer for layer, here in zip(self._layers, present, strict=True) if here]
         decays = self._weight_decay
         if len(layers) < len(self._layers):  # the others' optimizer was skipped
-            decays = decays[torch.tensor(present, device=decays.device)]
+            places = torch.tensor([place for place, here in enumerate(present) if here])
+            decays = decays.index_select(0, places.to(decays.device, non_blocking=True))
         rates = {layer.parameter: step.rates[layer.parameter].lr if here else 0.0
                  for layer, here in zip(self._layers, present, strict=True)}  # fmt: skip
         self._shrunk = self._shrunk + by_layer(self._layers, rates, self._shrunk) * self._weight_decay

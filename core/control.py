@@ -26,12 +26,12 @@ from redline.controller import (
     Withhold,
 )
 from redline.errors import ConfigurationError, ControllerError, RunStoppedError
-from redline.interventions import Intervention, InterventionLog, is_on_host
+from redline.interventions import Intervention, InterventionLog
 from redline.monitor import Need
 from redline.notes import Notes
 from redline.optimizers import OptimizerState, watch_only_reason
 from redline.parameters import MatrixLayer, by_parameter
-from redline.readings import Readings
+from redline.readings import Readings, is_on_host
 from redline.run_snapshot import RunningStatistics, RunSnapshot
 from redline.step import Step
 from redline.transaction import StepTransaction
@@ -148,7 +148,7 @@ class Control:
             self._states.append((optimizer, OptimizerState.of(optimizer)))
 
     def decide(self, step: Step) -> None:
-        """After the update: single parameters first, then the whole of what is left; then commit it all at once."""
+        """After the update: its length, single parameters, then the whole of what is left; commit it all at once."""
         if step.withheld:
             self._read_out(0.0, 0.0)
             return
@@ -179,10 +179,10 @@ class Control:
                     factor = decision.factor
                     step.update_changed()
                 if isinstance(decision, Scale) and decision.parameter is not None:
-                    self._scale_one(name, factor, decision.parameter)
+                    self._scale(step, name, factor, [decision.parameter])
                     size = None
                 else:
-                    self._transaction.scale(factor)
+                    self._scale(step, name, factor, list(self._transaction.parameters))
                     scale, size = scale * factor, None if size is None else _times(size, factor)
         for name, controller in self._controllers:
             self._ask(name, step, partial(controller.read_out, readings=self._readings))
@@ -226,9 +226,13 @@ class Control:
 
     # Carrying out ---------------------------------------------------------------------------------------------------
 
-    def _scale_one(self, name: str, factor: float | Tensor, parameter: str) -> None:
-        self._refuse_unmoved(name, parameter)
-        self._transaction.scale(factor, [parameter])
+    def _scale(self, step: Step, name: str, factor: float | Tensor, parameters: Sequence[str]) -> None:
+        """Scale whole updates: decoupled decay with the rest, as if the rate had been another."""
+        for parameter in parameters:
+            self._refuse_unmoved(name, parameter)
+            if parameter in step.rates:
+                step.rates[parameter] = step.rates[parameter]._replace(lr=step.rates[parameter].lr * factor)
+        self._transaction.scale(factor, parameters)
 
     def _change_matrices(self, step: Step, name: str, decision: ScaleMatrices | Decay) -> bool:
         """Whether it came to anything."""
@@ -358,10 +362,10 @@ def _rejected(one: Intervention) -> str:
     )
 
 
-def _place(named: tuple[str, Controller]) -> tuple[bool, bool]:
-    """Single parameters first; then what may lengthen the joint step, then what only shortens it."""
+def _place(named: tuple[str, Controller]) -> int:
+    """What may lengthen the step first, so that clamps have the last word: single parameters, then the joint step."""
     _, controller = named
-    return not controller.per_parameter, not controller.lengthens
+    return 0 if controller.lengthens else 1 if controller.per_parameter else 2
 
 
 def _answers_after(controller: Controller, step: Step) -> list[AfterUpdate]:

@@ -219,9 +219,9 @@ class Controller:
 
     needs: ClassVar[Need] = Need.UPDATE
     per_parameter: ClassVar[bool] = False
-    """Whether it decides on single parameters; these decide first, and the others on what is left."""
+    """Whether it decides on single parameters: ahead of those that decide on the whole of what is left."""
     lengthens: ClassVar[bool] = False
-    """Whether it may lengthen the joint step; such a one decides ahead of those that only shorten it."""
+    """Whether it may lengthen the step: then it decides first, so that the clamps have the last word."""
     snapshots_state: bool = False
     """Whether the optimizer's state is copied ahead of each step, so that a rejection can bring it back."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from redline import metrics
 from redline.controller import AfterUpdate, Decay, Decision, Reject, ScaleMatrices
-from redline.readings import Readings, to_host
+from redline.readings import Readings, is_on_host, to_host
 
 _MOST_KEPT = 10_000
 _MOST_UNTOLD = 64
@@ -130,11 +130,6 @@ class InterventionLog:
         self._tallies[kind] = replace(so_far, count=so_far.count + 1, last_step=step, last_reason=one.reason)
         self._readings.count(metrics.INTERVENTIONS, 1, *kind)
         return one
-
-
-def is_on_host(tensor: Tensor) -> bool:
-    """Whether reading it makes nobody wait."""
-    return tensor.device.type == "cpu"
 
 
 def _tensors(decision: AfterUpdate) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from redline.errors import ConfigurationError
 from redline.notes import Notes
 from redline.optimizers import optimizer_labels
+from redline.readings import is_on_host
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -65,7 +66,7 @@ def by_parameter(
     Floats for numbers on the host, 0-d tensors for others, and ``(..., 1, 1)`` for a stack of matrices, where
     ``default`` stands for those that are not among the layers.
     """
-    values = list(numbers.tolist() if numbers.device.type == "cpu" else numbers)
+    values = list(numbers.tolist() if is_on_host(numbers) else numbers)
     found: dict[str, float | Tensor] = {}
     for layer, value in zip(layers, values, strict=True):
         name = layer.parameter

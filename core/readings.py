@@ -216,3 +216,8 @@ def to_host(tensors: Sequence[Tensor]) -> Iterator[list[float]]:
         by_device.setdefault(tensor.device, []).append(tensor.reshape(-1).to(dtype))
     hosts = {device: iter(torch.cat(parts).tolist()) for device, parts in by_device.items()}
     return iter([[next(hosts[tensor.device]) for _ in range(tensor.numel())] for tensor in tensors])
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether reading it makes nobody wait."""
+    return tensor.device.type == "cpu"

@@ -55,8 +55,8 @@ class Step:
         groups: ``(optimizer label, group label, group)`` of every parameter group.
         layers: the model's matrices.
         withheld: whether a controller set the gradients aside: there is no update then.
-        rates: by parameter name, the learning rate and weight decay the step was made with; decisions on decay change
-            them. Only where a controller decides on single parameters.
+        rates: by parameter name, the learning rate and weight decay that the update as it stands goes by: what the step
+            was made with, until decisions change it. Only where a controller decides on single parameters.
     """
 
     def __init__(

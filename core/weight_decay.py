@@ -24,12 +24,12 @@ _LOSS_SCALE = ("grad_scale", "found_inf")
 
 
 class Rates(NamedTuple):
-    """What one parameter's step was made with.
+    """What one parameter's update goes by.
 
     Attributes:
-        lr: learning rate of its group: a float, or a 0-d tensor.
-        weight_decay: in force: its group's, or what a controller put in its place; for a stack of matrices a tensor
-            that broadcasts against the parameter if they differ. 0 where the decay is not decoupled.
+        lr: learning rate: its group's, times what the whole update was scaled by; a float, or a 0-d tensor.
+        weight_decay: its group's, or what a controller put in its place; for a stack of matrices a tensor that
+            broadcasts against the parameter if they differ. 0 where the decay is not decoupled.
         coupled: why the group's decay cannot be told from the rest of the update, or None where it can.
     """
 

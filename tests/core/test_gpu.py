@@ -108,10 +108,31 @@ def test_clamp_on_the_device_commits_what_it_commits_on_the_host():
     torch.testing.assert_close(ends[0][1], ends[1][1], rtol=1e-3, atol=1e-4)
 
 
+def test_single_matrices_are_held_on_the_device_as_on_the_host():
+    there = language_model(dropout=0.0)
+    here = copy.deepcopy(there).cpu()
+    ends = []
+    for model, device in ((there, "cuda"), (here, "cpu")):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, eps=1e-3)
+        target = {"blocks.0.up.weight": 1.0}
+        controllers = [redline.UpdateClamp(2.0, "fan"), redline.WeightDecayControl(target, every=2, horizon=2)]
+        with redline.attach(model, optimizer, monitors=[], controllers=controllers) as session:
+            train(model, batches(5, device), optimizer)
+        read = [session.latest.layers(f"redline_weight_{name}") for name in ("spectral_ceiling", "decay_in_force")]
+        ends.append((read, torch.cat([p.detach().flatten().cpu() for p in model.parameters()])))
+        assert {one.action for one in session.interventions} == {"scale", "decay"}
+    for on_device, on_host in zip(ends[0][0], ends[1][0], strict=True):
+        assert on_device == pytest.approx(on_host, rel=1e-2)
+    torch.testing.assert_close(ends[0][1], ends[1][1], rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("controllers", "waits"),
     [
         (lambda: [redline.StepClamp()], 0),
+        (lambda: [redline.RadiusLR()], 0),
+        (lambda: [redline.UpdateClamp()], 0),
+        (lambda: [redline.UpdateClamp(2.0, "fan"), redline.WeightDecayControl(every=1), redline.StepClamp()], 0),
         (lambda: [redline.NonFiniteGuard(), redline.SpikeGuard(), redline.StepClamp()], 1),
     ],
 )

@@ -1,7 +1,8 @@
-"""What the clamp costs on every step: StepClamp against nothing, by method and by samples, on the byte-level model.
+"""What each controller costs on every step, against nothing, on the byte-level model; the clamp by method and samples.
 
-    python benchmarks/clamp.py --write                      # 5 repetitions of 40 interleaved pairs, some 12 minutes
-    python benchmarks/clamp.py --repeats 1 --steps 10       # a quick look
+    python benchmarks/controllers.py --write                      # 5 repetitions of 40 interleaved pairs, 20 minutes
+    python benchmarks/controllers.py --repeats 1 --steps 10       # a quick look
+    python benchmarks/controllers.py --only UpdateClamp           # some of the cases
 
 Published for one step of 12.6 ms (arXiv 2603.13552): +66 % by finite difference, +129 % by a Jacobian-vector product,
 on the whole batch.
@@ -10,6 +11,7 @@ on the whole batch.
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,7 +52,12 @@ CASES: dict[str, Callable[[Trainer], redline.Session]] = {
     "StepClamp, finite difference, whole batch": clamp(None, difference=True),
     "NonFiniteGuard": controllers(redline.NonFiniteGuard),
     "SpikeGuard": controllers(redline.SpikeGuard),
-    "all three, at their defaults": controllers(redline.NonFiniteGuard, redline.SpikeGuard, redline.StepClamp),
+    "these three, at their defaults": controllers(redline.NonFiniteGuard, redline.SpikeGuard, redline.StepClamp),
+    "RadiusLR, 32 samples (the default)": controllers(redline.RadiusLR),
+    "UpdateClamp (the default), no matrix near its limit": controllers(redline.UpdateClamp),
+    "UpdateClamp, every matrix over its limit": controllers(partial(redline.UpdateClamp, 1e-3)),
+    'UpdateClamp(20, "fan"), which norms alone do not settle': controllers(partial(redline.UpdateClamp, 20, "fan")),
+    "WeightDecayControl (the default)": controllers(redline.WeightDecayControl),
 }
 
 
@@ -60,6 +67,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=128, help="sequences of 64 bytes (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--write", action="store_true", help="write the results file")
     options = parser.parse_args()
 
@@ -69,16 +77,18 @@ def main() -> None:
         f"{describe()}.",
         "",
         f"ByteLM ({sum(p.numel() for p in ByteLM().parameters()):,} parameters), batch {options.batch} x 64 bytes, "
-        f"AdamW, {options.device}, on every step; {options.repeats} repetitions of {options.steps} interleaved pairs "
-        "of steps, nothing trimmed.",
-        f"Command: `python benchmarks/clamp.py --repeats {options.repeats} --write`. Published, on the whole batch of "
-        "another model: +129 % by a Jacobian-vector product, +66 % by finite difference.",
+        f"AdamW, {options.device}, on every step; {options.repeats} repetitions of {options.steps} interleaved "
+        "pairs of steps, nothing trimmed.",
+        f"Command: `python benchmarks/controllers.py --repeats {options.repeats} --write`. Published, on the whole "
+        "batch of another model: +129 % by a Jacobian-vector product, +66 % by finite difference.",
         "",
         "| controllers | time over plain: median | min – max | plain step |",
         "|---|---|---|---|",
     ]
     print("\n".join(lines))
     for name, attach in CASES.items():
+        if options.only not in name:
+            continue
         pairs = [
             measure(attach, seed, steps=options.steps, batch=options.batch, device=options.device)
             for seed in range(options.repeats)
@@ -90,7 +100,7 @@ def main() -> None:
         print(lines[-1], flush=True)
     if options.write:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"clamp_{options.device}.md").write_text("\n".join(lines) + "\n")
+        (RESULTS / f"controllers_{options.device}.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
