@@ -1,35 +1,44 @@
-"""Training without a learning rate: the length of each step comes from the radius alone."""
+"""Training without a learning rate: the length of each step comes from the radius."""
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from redline.controller import Number, Scale
+from redline.controller import AfterUpdate, Number, RunOutline, Scale
 from redline.errors import ConfigurationError
 from redline.radius_controller import RadiusController
 from redline.step import Step
+from redline.update_limits import UpdateLimits
 
 
 class RadiusLR(RadiusController):
     """Scales the joint update to ``r`` radii, whether that is longer or shorter than the optimizers proposed.
 
-    The rate in the parameter groups then sets no length any more, only the share of one group against another's; what
-    weight decay is decoupled goes by the rate that results. A step that moves no logit is left alone. What r is, and
-    what is left of a step that was scaled, rejected or could not be measured: see ``RadiusController``.
+    The rate in the parameter groups then sets no length any more, only one group's share against another's; decoupled
+    weight decay goes by the rate that results. A step that moves no logit is left alone.
 
-    Source: arXiv 2603.13552, table 3: ``lr = r * rho_a / |v|`` for the proposed step ``v``.
+    Early in training the radius is long, since the logits hardly move yet, and what breaks first is the linearization
+    itself: so no matrix is pushed harder than ``max_update_to_weight`` of its own strength, ``sigma_1(dW)`` over
+    ``sigma_1(W)``, net of decoupled decay. The rest of the step keeps its length. What r is, and what is left of a step
+    that was scaled, rejected or could not be measured: see ``RadiusController``.
+
+    Source: arXiv 2603.13552, table 3: ``lr = r * rho_a / |v|`` for the proposed step ``v``. The limit on matrices is
+    Redline's own.
     """
 
+    per_parameter: ClassVar[bool] = True
     lengthens: ClassVar[bool] = True
 
     def __init__(
         self,
         r: float = 1.0,
         *,
+        max_update_to_weight: float | None = 0.3,
         reduction: Literal["max"] | float = "max",
         max_samples: int | None = 32,
     ) -> None:
@@ -37,20 +46,57 @@ class RadiusLR(RadiusController):
 
         Args:
             r: of each step, in radii; the paper finds 1 best of 0.5, 1, 2 and 4.
+            max_update_to_weight: the hardest push on a matrix; None for no limit, as in the paper. The default is
+                Redline's choice.
             reduction: "max" over the samples, as in the paper, or a quantile in (0, 1] of them.
             max_samples: the most samples of the batch to measure on; None for all. A maximum over fewer is an estimate
                 from below, so that steps come out longer. The default is Redline's choice.
 
         Raises:
-            ConfigurationError: a length that is not positive, a quantile outside (0, 1], no sample.
+            ConfigurationError: a length or a limit that is not positive, a quantile outside (0, 1], no sample.
         """
         if not 0 < r < math.inf:
             raise ConfigurationError(f"got r={r}; expected a positive number of radii, such as 1.")
+        if max_update_to_weight is not None and not 0 < max_update_to_weight < math.inf:
+            raise ConfigurationError(
+                f"got max_update_to_weight={max_update_to_weight}; expected a positive number, such as 0.3, or None."
+            )
         super().__init__(reduction, max_samples)
-        self.r = r
+        self.r, self.max_update_to_weight = r, max_update_to_weight
+        self._forget()
+
+    def _forget(self) -> None:
+        most = self.max_update_to_weight
+        self._limits = None if most is None else UpdateLimits(most, "weight")
+
+    def begin(self, run: RunOutline) -> None:
+        """Start cold."""
+        super().begin(run)
+        self._forget()
+
+    def inspect(self, step: Step) -> Iterable[AfterUpdate]:
+        """Measure the step, bring it to its length, and hold matrices that it would push too hard."""
+        decisions: list[AfterUpdate] = list(super().inspect(step))
+        if decisions and self._limits is not None:
+            scale = decisions[-1]
+            assert isinstance(scale, Scale)
+            if (held := self._limits.scale(step, scale.factor)) is not None:
+                decisions.append(held)
+        return decisions
 
     def scale(self, r: Tensor, step: Step) -> Scale:
         """Bring the step to its length."""
         factor = torch.where((r > 0) & r.isfinite(), self.r / r, 1.0)
         saw: dict[str, Number] = {"r": r, "target": self.r, "scale": factor, "update_norm": step.update.norm}
         return Scale(factor, "r = {r:.3g} was brought to {target:.3g}: the step was scaled by {scale:.3g}.", saw=saw)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Warm starts too."""
+        limits = {} if self._limits is None else self._limits.state_dict()
+        return {**super().state_dict(), "limits": limits}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as before."""
+        super().load_state_dict(state)
+        if self._limits is not None and state["limits"]:
+            self._limits.load_state_dict(state["limits"])

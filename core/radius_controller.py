@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from redline.controller import Controller, Reject, RunOutline, Scale
+from redline.controller import AfterUpdate, Controller, Reject, RunOutline, Scale
 from redline.errors import ConfigurationError
 from redline.monitor import Need
 from redline.numerics.radii import normalized_step_size
@@ -50,7 +50,7 @@ class RadiusController(Controller):
         """The first step has to be measurable."""
         self._has_measured = False
 
-    def inspect(self, step: Step) -> Iterable[Scale | Reject]:
+    def inspect(self, step: Step) -> Iterable[AfterUpdate]:
         """Measure the step, and scale it."""
         tau = step.update.norm
         tangent = step.tangent(self.max_samples)

@@ -46,7 +46,10 @@ class StepSizes:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One matrix over the run: its spectral norm and the hardest update it took; None for what was not measured."""
+    """One matrix over the run: its spectral norm and the hardest update it took; None for what was not measured.
+
+    ``ceiling`` and ``weight_decay`` are what controllers hold it by, last.
+    """
 
     name: str
     spectral_norm: float
@@ -55,6 +58,8 @@ class LayerSummary:
     stable_rank: float | None
     hardest_update: float | None
     hardest_step: int | None
+    ceiling: float | None
+    weight_decay: float | None
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,8 @@ def _layers(snapshot: Snapshot, history: RunHistory) -> tuple[LayerSummary, ...]
     ratios = history.layers(metrics.UPDATE_TO_WEIGHT_RATIO.name)
     conditions = snapshot.layers(metrics.WEIGHT_SPECTRAL_CONDITION.name)
     ranks = snapshot.layers(metrics.WEIGHT_STABLE_RANK.name)
+    ceilings = snapshot.layers(metrics.WEIGHT_SPECTRAL_CEILING.name)
+    decays = snapshot.layers(metrics.WEIGHT_DECAY_IN_FORCE.name)
     found = [
         LayerSummary(
             name=name,
@@ -195,6 +202,8 @@ def _layers(snapshot: Snapshot, history: RunHistory) -> tuple[LayerSummary, ...]
             stable_rank=ranks.get(name),
             hardest_update=ratios[name].highest if name in ratios else None,
             hardest_step=ratios[name].highest_step if name in ratios else None,
+            ceiling=ceilings.get(name),
+            weight_decay=decays.get(name),
         )
         for name, course in history.layers(metrics.WEIGHT_SPECTRAL_NORM.name).items()
     ]
@@ -233,7 +242,7 @@ def _verdicts(
             Verdict(
                 "watch",
                 f"Over the redline, and held: {sizes.over} of {sizes.measured} measured steps were proposed with "
-                f"r >= 1, the longest r = {sizes.highest:.3g} at step {sizes.highest_step}; controllers shortened "
+                f"r >= 1, the longest r = {sizes.highest:.3g} at step {sizes.highest_step}; controllers scaled "
                 f"{scaled} of all steps. If that goes on, lower the rate or lengthen the warm-up.",
             )
         )

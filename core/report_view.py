@@ -128,7 +128,11 @@ def _worst_layers(layers: tuple[LayerSummary, ...]) -> Table:
     table.add_column("layer", style="cyan", no_wrap=True)
     for heading in ("σ₁(W)", "growth", "cond.", "stable rank", "max ΔW/W", "at step"):
         table.add_column(heading, justify="right")
-    for layer in shown:
+    held = {"ceiling": [layer.ceiling for layer in shown], "decay": [layer.weight_decay for layer in shown]}
+    held = {heading: values for heading, values in held.items() if any(value is not None for value in values)}
+    for heading in held:
+        table.add_column(heading, justify="right")
+    for place, layer in enumerate(shown):
         table.add_row(
             Text(layer_label(layer.name)),
             number(layer.spectral_norm),
@@ -137,5 +141,6 @@ def _worst_layers(layers: tuple[LayerSummary, ...]) -> Table:
             number(layer.stable_rank),
             number(layer.hardest_update),
             "–" if layer.hardest_step is None else str(layer.hardest_step),
+            *(number(values[place]) for values in held.values()),
         )
     return table

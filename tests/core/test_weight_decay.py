@@ -205,9 +205,7 @@ def test_decay_that_is_coupled_or_goes_by_another_rate_is_said_by_name(make: Mak
 
 @pytest.mark.parametrize("kind", [AdamW, Adam, NAdam, RAdam])
 @pytest.mark.parametrize("foreach", [False, True])
-def test_settings_for_another_device_do_not_keep_an_optimizer_from_being_tried_out(
-    kind: Make, foreach: bool
-) -> None:
+def test_settings_for_another_device_do_not_keep_an_optimizer_from_being_tried_out(kind: Make, foreach: bool) -> None:
     """A capturable one refuses parameters of the CPU, where the scratch copy lives."""
     settings: dict[str, Any] = {} if kind is AdamW else {"decoupled_weight_decay": True}
     parameter = nn.Parameter(torch.randn(4, 6))
