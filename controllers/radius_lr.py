@@ -20,14 +20,18 @@ class RadiusLR(RadiusController):
     """Scales the joint update to ``r`` radii, whether that is longer or shorter than the optimizers proposed.
 
     The rate in the parameter groups then sets no length any more, only one group's share against another's; decoupled
-    weight decay goes by the rate that results. A step that moves no logit is left alone.
+    weight decay goes by the rate that results. A step that moves no logit is left alone. Two limits go with it, since
+    the radius is that of one step on one batch:
 
-    Early in training the radius is long, since the logits hardly move yet, and what breaks first is the linearization
-    itself: so no matrix is pushed harder than ``max_update_to_weight`` of its own strength, ``sigma_1(dW)`` over
-    ``sigma_1(W)``, net of decoupled decay. The rest of the step keeps its length. What r is, and what is left of a step
-    that was scaled, rejected or could not be measured: see ``RadiusController``.
+    - Early in training it is long, because the logits hardly move yet, and what breaks first is their linearization:
+      no matrix is pushed harder than ``max_update_to_weight`` of its own strength, ``sigma_1(dW)`` over
+      ``sigma_1(W)``, net of decoupled decay. The rest of the step keeps its length.
+    - Late in training it differs much from batch to batch: the scale grows at most by ``max_growth`` from one step to
+      the next, while it may fall at once, so that it keeps to the short radii among them.
 
-    Source: arXiv 2603.13552, table 3: ``lr = r * rho_a / |v|`` for the proposed step ``v``. The limit on matrices is
+    What r is, and what is left of a step that was scaled, rejected or could not be measured: see ``RadiusController``.
+
+    Source: arXiv 2603.13552, table 3: ``lr = r * rho_a / |v|`` for the proposed step ``v``. The two limits are
     Redline's own.
     """
 
@@ -39,6 +43,7 @@ class RadiusLR(RadiusController):
         r: float = 1.0,
         *,
         max_update_to_weight: float | None = 0.3,
+        max_growth: float | None = 1.02,
         reduction: Literal["max"] | float = "max",
         max_samples: int | None = 32,
     ) -> None:
@@ -48,12 +53,15 @@ class RadiusLR(RadiusController):
             r: of each step, in radii; the paper finds 1 best of 0.5, 1, 2 and 4.
             max_update_to_weight: the hardest push on a matrix; None for no limit, as in the paper. The default is
                 Redline's choice.
+            max_growth: of the scale, from one step to the next; None for no limit, as in the paper. The default is
+                Redline's choice.
             reduction: "max" over the samples, as in the paper, or a quantile in (0, 1] of them.
             max_samples: the most samples of the batch to measure on; None for all. A maximum over fewer is an estimate
                 from below, so that steps come out longer. The default is Redline's choice.
 
         Raises:
-            ConfigurationError: a length or a limit that is not positive, a quantile outside (0, 1], no sample.
+            ConfigurationError: a length or a limit that is not positive, a growth of 1 or less, a quantile outside
+                (0, 1], no sample.
         """
         if not 0 < r < math.inf:
             raise ConfigurationError(f"got r={r}; expected a positive number of radii, such as 1.")
@@ -61,13 +69,16 @@ class RadiusLR(RadiusController):
             raise ConfigurationError(
                 f"got max_update_to_weight={max_update_to_weight}; expected a positive number, such as 0.3, or None."
             )
+        if max_growth is not None and not 1 < max_growth < math.inf:
+            raise ConfigurationError(f"got max_growth={max_growth}; expected more than 1, such as 1.02, or None.")
         super().__init__(reduction, max_samples)
-        self.r, self.max_update_to_weight = r, max_update_to_weight
+        self.r, self.max_update_to_weight, self.max_growth = r, max_update_to_weight, max_growth
         self._forget()
 
     def _forget(self) -> None:
         most = self.max_update_to_weight
         self._limits = None if most is None else UpdateLimits(most, "weight")
+        self._last_scale = torch.tensor(math.inf)
 
     def begin(self, run: RunOutline) -> None:
         """Start cold."""
@@ -86,17 +97,23 @@ class RadiusLR(RadiusController):
 
     def scale(self, r: Tensor, step: Step) -> Scale:
         """Bring the step to its length."""
-        factor = torch.where((r > 0) & r.isfinite(), self.r / r, 1.0)
-        saw: dict[str, Number] = {"r": r, "target": self.r, "scale": factor, "update_norm": step.update.norm}
-        return Scale(factor, "r = {r:.3g} was brought to {target:.3g}: the step was scaled by {scale:.3g}.", saw=saw)
+        measured = (r > 0) & r.isfinite()
+        last = self._last_scale.to(r, non_blocking=True)
+        growth = math.inf if self.max_growth is None else self.max_growth
+        factor = torch.minimum(self.r / r, growth * last)
+        self._last_scale = torch.where(measured, factor, last)
+        factor = torch.where(measured, factor, 1.0)
+        saw: dict[str, Number] = {"r": r, "brought": r * factor, "scale": factor, "update_norm": step.update.norm}
+        return Scale(factor, "r = {r:.3g} was brought to {brought:.3g}: the step was scaled by {scale:.3g}.", saw=saw)
 
     def state_dict(self) -> dict[str, Any]:
-        """Warm starts too."""
+        """The last scale, and warm starts."""
         limits = {} if self._limits is None else self._limits.state_dict()
-        return {**super().state_dict(), "limits": limits}
+        return {**super().state_dict(), "last_scale": self._last_scale, "limits": limits}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as before."""
         super().load_state_dict(state)
+        self._last_scale = state["last_scale"]
         if self._limits is not None and state["limits"]:
             self._limits.load_state_dict(state["limits"])
