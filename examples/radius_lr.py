@@ -110,8 +110,8 @@ def median(outcomes: list[Outcome], of: str) -> float:
 
 
 def show(found: dict[Arm, list[Outcome]], options) -> Table:
-    table = Table(title=f"Test accuracy (test loss) after {options.epochs} epochs, medians of {options.seeds} seeds; points of accuracy")
-    for heading in ("model", "optimizer", "best fixed rate", *BY_RADIUS, "above the best"):
+    table = Table(title=f"Test accuracy (test loss) after {options.epochs} epochs, medians of {options.seeds} seeds")
+    for heading in ("model", "optimizer", "best fixed rate", *BY_RADIUS, "points above the best"):
         table.add_column(heading, justify="left" if heading in ("model", "optimizer") else "right")
     for model in MODELS:
         for optimizer in OPTIMIZERS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from redline import ConfigurationError, RedlineWarning
 from redline.notes import Notes
-from redline.parameters import MatrixLayer, ParameterNames, matrix_layers
+from redline.parameters import MatrixLayer, ParameterNames, by_layer, by_parameter, matrix_layers
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -153,6 +153,156 @@ def test_view_of_position_embeddings_drops_the_batch_dimension() -> None:
 def test_view_of_an_update_that_is_not_contiguous() -> None:
     module = nn.Conv2d(2, 6, 3).to(memory_format=torch.channels_last)
     assert torch.equal(only(module).of(module.weight), module.weight.reshape(6, 18))
+
+
+# A number a matrix, and a number a parameter ----------------------------------------------------------
+
+
+class Elsewhere(Tensor):
+    """Passes for a tensor of an accelerator."""
+
+    device = property(lambda self: torch.device("cuda", 0))  # type: ignore[assignment]
+
+
+PLACES = pytest.mark.parametrize("place", [Tensor, Elsewhere], ids=["host", "accelerator"])
+
+
+class Stacks(nn.Module):
+    """A matrix, a convolution, a stack of three, and one of two by two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 5)
+        self.conv = nn.Conv2d(2, 6, 3)
+        self.experts = nn.Parameter(torch.randn(3, 9, 7))
+        self.grid = nn.Parameter(torch.randn(2, 2, 4, 5))
+
+
+def spread(
+    layers: Sequence[MatrixLayer],
+    numbers: Tensor,
+    model: nn.Module,
+    default: Callable[[str], float | Tensor] = lambda name: 0.0,
+) -> dict[str, float | Tensor]:
+    return by_parameter(layers, numbers, dict(model.named_parameters()), default)
+
+
+@PLACES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_numbers_of_parameters_multiply_each_matrix_by_its_own(place: type[Tensor], dtype: torch.dtype) -> None:
+    model = Stacks()
+    layers = matrix_layers(model, Notes())
+    numbers = (torch.arange(len(layers)) / 7 + 0.1).to(dtype)
+    found = spread(layers, numbers.as_subclass(place), model)
+    assert list(found) == list(dict.fromkeys(layer.parameter for layer in layers))
+    for layer, number in zip(layers, numbers.tolist(), strict=True):
+        parameter = model.get_parameter(layer.parameter).double()
+        scaled = torch.as_tensor(found[layer.parameter], dtype=torch.float64).as_subclass(Tensor) * parameter
+        assert scaled.shape == parameter.shape
+        assert torch.equal(layer.of(scaled), number * layer.of(parameter)), layer.name
+
+
+@PLACES
+def test_numbers_of_single_matrices_are_floats_of_the_host_and_tensors_of_an_accelerator(place: type[Tensor]) -> None:
+    model = Stacks()
+    found = spread(matrix_layers(model, Notes())[-2:], torch.tensor([0.25, 0.5]).as_subclass(place), model)
+    assert found == {"linear.weight": 0.25, "conv.weight": 0.5}
+    if place is Elsewhere:
+        assert all(type(number) is Elsewhere and number.dim() == 0 for number in found.values())
+    else:
+        assert all(type(number) is float for number in found.values())
+
+
+@PLACES
+def test_matrices_of_a_stack_without_a_number_get_the_default(place: type[Tensor]) -> None:
+    model = Stacks()
+    layers = {layer.name: layer for layer in matrix_layers(model, Notes())}
+    asked: list[str] = []
+
+    def default(name: str) -> float:
+        asked.append(name)
+        return 9.0
+
+    chosen = [layers[name] for name in ("grid[3]", "linear.weight", "experts[1]", "grid[0]")]
+    found = spread(chosen, torch.tensor([3.0, 5.0, 1.0, 0.5]).as_subclass(place), model, default)
+    assert asked == ["grid", "experts"], "once a stack, and not of what is no stack"
+    experts, grid = (torch.as_tensor(found[name]) for name in ("experts", "grid"))
+    assert (tuple(experts.shape), tuple(grid.shape)) == ((3, 1, 1), (2, 2, 1, 1))
+    assert experts.flatten().tolist() == [9.0, 1.0, 9.0]
+    assert grid.flatten().tolist() == [0.5, 9.0, 9.0, 3.0]
+    assert type(experts) is type(grid) is place
+
+
+@PLACES
+def test_a_default_of_each_matrix_is_copied(place: type[Tensor]) -> None:
+    """It may be what an earlier decision put there, and others hold it."""
+    model = Stacks()
+    layers = [layer for layer in matrix_layers(model, Notes()) if layer.parameter == "experts"]
+    earlier = torch.tensor([1.0, 2.0, 3.0]).reshape(3, 1, 1).as_subclass(place)
+    found = spread(layers[1:2], torch.tensor([7.0]).as_subclass(place), model, lambda name: earlier)
+    assert torch.as_tensor(found["experts"]).flatten().tolist() == [1.0, 7.0, 3.0]
+    assert earlier.flatten().tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_default_is_rounded_to_the_numbers_own_precision_alone(dtype: torch.dtype) -> None:
+    model = Stacks()
+    layers = [layer for layer in matrix_layers(model, Notes()) if layer.parameter == "experts"]
+    found = spread(layers[:1], torch.ones(1, dtype=dtype), model, lambda name: 0.7)["experts"]
+    assert torch.equal(torch.as_tensor(found).flatten()[1:], torch.tensor([0.7, 0.7], dtype=dtype))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_another_number_of_numbers_than_of_matrices_is_refused(count: int) -> None:
+    model = Stacks()
+    with pytest.raises(ValueError, match="zip"):
+        spread(matrix_layers(model, Notes())[-2:], torch.ones(count), model)
+
+
+def test_no_matrix_has_no_number() -> None:
+    assert spread([], torch.zeros(0), Stacks()) == {}
+
+
+@PLACES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_numbers_go_to_parameters_and_come_back(place: type[Tensor], dtype: torch.dtype) -> None:
+    model = Stacks()
+    layers = matrix_layers(model, Notes())
+    numbers = torch.linspace(0.1, 2.3, len(layers)).to(dtype).as_subclass(place)
+    back = by_layer(layers, spread(layers, numbers, model), numbers)
+    assert back.dtype is dtype
+    assert torch.equal(back, numbers)
+    order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(1)).tolist()
+    some = [layers[k] for k in order[:5]]
+    numbers = numbers[order[:5]]
+    assert torch.equal(by_layer(some, spread(some, numbers, model), numbers), numbers)
+
+
+def test_numbers_of_layers_are_their_parameters() -> None:
+    model = Stacks()
+    layers = matrix_layers(model, Notes())
+    numbers: dict[str, float | Tensor] = {
+        "experts": 0.25,  # one for all of them
+        "grid": torch.tensor([[1.0, 2.0], [3.0, 4.0]]).reshape(2, 2, 1, 1),
+        "linear.weight": torch.tensor(5.0),
+        "conv.weight": 6.0,
+        "linear.bias": 7.0,
+    }
+    expected = {f"experts[{e}]": 0.25 for e in range(3)} | {f"grid[{e}]": e + 1.0 for e in range(4)}
+    expected |= {"linear.weight": 5.0, "conv.weight": 6.0}
+    for some in (layers, layers[::-1], layers[1:2], layers[4:]):
+        found = by_layer(some, numbers, torch.zeros((), dtype=torch.float64))
+        assert (tuple(found.shape), found.dtype) == ((len(some),), torch.float64)
+        assert found.tolist() == [expected[layer.name] for layer in some]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_of_layers_as_floats_keep_their_precision(dtype: torch.dtype) -> None:
+    layers = matrix_layers(Stacks(), Notes())[-2:]
+    found = by_layer(layers, {"linear.weight": 0.1, "conv.weight": 0.7}, torch.zeros(3, dtype=dtype))
+    assert torch.equal(found, torch.tensor([0.1, 0.7], dtype=dtype))
+    mixed = {"linear.weight": 0.1, "conv.weight": torch.tensor(0.7, dtype=torch.float64)}
+    assert torch.equal(by_layer(layers, mixed, torch.zeros(3, dtype=dtype)), torch.tensor([0.1, 0.7], dtype=dtype))
 
 
 # Names ------------------------------------------------------------------------------------------------

@@ -104,6 +104,14 @@ class Cautious(Descent):
         parameter.sub_(lr * decay * along * parameter + lr * parameter.grad)
 
 
+class ByShape(Descent):
+    """Adjusts its rate to the shape, and decays by what it makes of it."""
+
+    def move(self, parameter: Tensor, group: dict[str, Any], lr: float, decay: float) -> None:
+        rows, columns = parameter.shape
+        super().move(parameter, group, lr * (rows / columns) ** 0.5, decay)
+
+
 class Anchored(Descent):
     """Pulls towards where it started, not towards 0."""
 
@@ -178,6 +186,7 @@ COUPLED: list[tuple[Make, dict[str, Any]]] = [
     (DecayLast, {}),
     (EverySecond, {}),
     (Cautious, {}),
+    (ByShape, {}),
     (Anchored, {}),
 ]
 
@@ -221,6 +230,13 @@ def test_a_loss_scale_that_a_scaler_has_left_is_not_taken_along() -> None:
     optimizer = AdamW([nn.Parameter(torch.randn(4, 6))], weight_decay=0.1, fused=True)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(1.0)  # type: ignore[attr-defined]
     assert why_coupled(optimizer, optimizer.param_groups[0]) is None
+
+
+def test_where_the_run_makes_its_tensors_does_not_matter() -> None:
+    """As after ``torch.set_default_device("cuda")``; here it is a device on which nothing has a value."""
+    optimizer = AdamW([nn.Parameter(torch.randn(4, 6))], weight_decay=0.1)
+    with torch.device("meta"):
+        assert why_coupled(optimizer, optimizer.param_groups[0]) is None
 
 
 @pytest.mark.parametrize("shape", [(7,), (), (2, 3, 4, 5), (100, 3)])
