@@ -13,6 +13,8 @@ SHORT = {
     "lightning_digits.py": ["--steps", "20"],
     "custom_sink.py": [],
     "bad_batches.py": ["--quick"],
+    "radius_lr.py": ["--quick"],
+    "width_transfer.py": ["--quick"],
     "lr_spike.py": ["--quick"],
 }
 SAYS = {
@@ -20,6 +22,8 @@ SAYS = {
     "lightning_digits.py": "Test accuracy ",
     "lr_spike.py": "x1,000, held to the end",
     "bad_batches.py": "one NaN among the inputs, one batch",
+    "radius_lr.py": "points above the best",
+    "width_transfer.py": "Top singular values: ",
     "custom_sink.py": "step,loss,normalized_step_size\n0,",
 }
 
