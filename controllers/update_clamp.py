@@ -64,12 +64,18 @@ class UpdateClamp(Controller):
         self._ceilings: dict[str, Tensor] = {}
 
     def begin(self, run: RunOutline) -> None:
-        """Say where decay cannot be told from the rest."""
+        """Say where decay cannot be told from the rest, or the rate is not the group's."""
         self._forget()
         measured = {layer.parameter for layer in run.layers}
         for reason in dict.fromkeys(rates.coupled for name, rates in run.rates.items() if name in measured):
             if reason:
                 run.note(f"{reason}: the whole update is clamped, and there is no ceiling on the weights.")
+        for optimizer in run.optimizers if self.relative_to == "fan" else ():
+            for adjusted in {group.get("adjust_lr_fn") for group in optimizer.param_groups} - {None, "original"}:
+                run.note(
+                    f"{type(optimizer).__name__} adjusts its rate to each matrix's shape ({adjusted}): its updates do "
+                    "not go by the group's lr, but the limit and the decay do."
+                )
 
     def inspect(self, step: Step) -> Iterable[ScaleMatrices]:
         """Measure each matrix's update, and scale those over their limit."""

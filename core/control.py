@@ -92,7 +92,7 @@ class Control:
             for optimizer, parameters in zip(self._optimizers, held, strict=True):
                 rates.update(self._decay_rules.rates(optimizer, parameters))
         for name, controller in self._controllers:
-            controller.begin(RunOutline(layers, rates, partial(_say, notes, name)))
+            controller.begin(RunOutline(layers, self._optimizers, rates, partial(_say, notes, name)))
 
     # The step, in order ---------------------------------------------------------------------------------------------
 

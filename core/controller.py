@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from redline.errors import ConfigurationError
 from redline.monitor import Need
@@ -198,11 +199,13 @@ class RunOutline:
 
     Attributes:
         layers: the model's matrices.
-        rates: by parameter name, of all parameters that the optimizers hold.
+        optimizers: of the joint step.
+        rates: by parameter name, of all parameters that the optimizers hold, where a controller decides on single ones.
         note: says something once, as a warning and in the report.
     """
 
     layers: Sequence[MatrixLayer]
+    optimizers: Sequence[Optimizer]
     rates: Mapping[str, Rates]
     note: Callable[[str], None]
 

@@ -31,7 +31,7 @@ OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD": partial(torch.optim.SGD, moment
 RATES = {"AdamW": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "SGD": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
 BY_RADIUS: dict[str, Callable[[], redline.Controller]] = {
     "RadiusLR(1.0)": partial(redline.RadiusLR, 1.0),
-    "as in the paper": partial(redline.RadiusLR, 1.0, max_update_to_weight=None, max_growth=None),
+    "without its limits": partial(redline.RadiusLR, 1.0, max_update_to_weight=None, max_growth=None),
 }
 ANY_RATE = 0.01  # what RadiusLR makes nothing of
 
