@@ -97,12 +97,12 @@ class RadiusLR(RadiusController):
 
     def scale(self, r: Tensor, step: Step) -> Scale:
         """Bring the step to its length."""
-        measured = (r > 0) & r.isfinite()
         last = self._last_scale.to(r, non_blocking=True)
         growth = math.inf if self.max_growth is None else self.max_growth
         factor = torch.minimum(self.r / r, growth * last)
-        self._last_scale = torch.where(measured, factor, last)
-        factor = torch.where(measured, factor, 1.0)
+        told = (r > 0) & factor.isfinite()  # an infinite r is told of too, and nothing of such a step committed
+        self._last_scale = torch.where(told & (factor > 0), factor, last)
+        factor = torch.where(told, factor, 1.0)
         saw: dict[str, Number] = {"r": r, "brought": r * factor, "scale": factor, "update_norm": step.update.norm}
         return Scale(factor, "r = {r:.3g} was brought to {brought:.3g}: the step was scaled by {scale:.3g}.", saw=saw)
 

@@ -29,9 +29,10 @@ class UpdateClamp(Controller):
         sigma_1(W) <= max(sigma_1(W_0), limit * sqrt(d_out / d_in) / wd),
 
     the ceiling that ``redline_weight_spectral_ceiling`` reads: ``wd`` is the smallest decay that was in force so far,
-    and ``W_0`` the matrix ahead of the first step that was held. Where a decay is coupled with the gradient the whole
-    update is clamped, there is no ceiling, and a warning says so by name. Matrices under their limit keep the
-    optimizer's own update, bit for bit; vectors are left alone, and so are, under "weight", matrices that are zero.
+    and ``W_0`` the matrix ahead of the first step that was held; a step with ``lr * wd > 1`` raises it. Where a decay is
+    coupled with the gradient the whole update is clamped, there is no ceiling, and a warning says so by name. Matrices
+    under their limit keep the optimizer's own update, bit for bit; vectors are left alone, and so are, under "weight",
+    matrices that are zero.
 
     Source: arXiv 2601.01306 (Muon++), the condition on updates alone; "weight" is Redline's own.
     """
@@ -91,9 +92,12 @@ class UpdateClamp(Controller):
             sigma = self._limits.weights(step, new) * (1 + TOLERANCE)
             self._ceilings.update(zip([layer.name for layer in new], sigma, strict=True))
         ceilings = torch.stack([self._ceilings[layer.name] for layer in layers])
-        decays = {layer.parameter: step.rates[layer.parameter].weight_decay for layer in layers}
-        at_rest = self.limit * fans(layers, ceilings) / by_layer(layers, decays, ceilings)
-        ceilings = torch.maximum(ceilings, at_rest)
+        rates = {layer.parameter: step.rates[layer.parameter] for layer in layers}
+        decays = by_layer(layers, {name: one.weight_decay for name, one in rates.items()}, ceilings)
+        lr = by_layer(layers, {name: one.lr for name, one in rates.items()}, ceilings)
+        most = self.limit * fans(layers, ceilings)
+        turned = (lr * decays - 1) * ceilings + lr * most  # a decay past zero, as in a spike of the rate
+        ceilings = torch.maximum(ceilings, torch.where(lr * decays > 1, turned, most / decays))
         names = [layer.name for layer in layers]
         self._ceilings.update(zip(names, ceilings, strict=True))
         readings.layers(metrics.WEIGHT_SPECTRAL_CEILING, names, ceilings, ceilings.isfinite())

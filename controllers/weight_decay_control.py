@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from redline import metrics
-from redline.controller import Controller, Decay, RunOutline
+from redline.controller import Controller, Decay, Number, RunOutline
 from redline.errors import ConfigurationError
 from redline.monitor import Need
 from redline.parameters import MatrixLayer, by_layer
@@ -21,6 +21,7 @@ from redline.step import Step
 
 _SEED = 0xDECA1
 _TOLERANCE = 1e-3  # relative error of sigma_1
+_MOST_SHRINKING = 0.5  # of a matrix in one step, whatever the rate of that step
 
 
 class WeightDecayControl(Controller):
@@ -32,15 +33,18 @@ class WeightDecayControl(Controller):
 
     ``g`` being what the updates net of decay add. At rest ``sigma_1 = sqrt(g / (2 lr wd))``: as ``g`` goes with
     ``lr^2`` that is the law ``sigma_1 ~ sqrt(lr / wd)``. Every ``every`` steps ``sigma_1`` is measured, ``g`` taken
-    from what it did under the decay in force (and averaged with the last), and the decay set to
+    from what it did under the decay in force (and averaged with the last, less where the rate has fallen since), and
+    the decay set to
 
         wd = (g + (x - target^2) / horizon) / (2 lr x)    within bounds,
 
-    which brings the difference from the target down by a factor e in ``horizon`` steps. The groups' own settings are
-    not touched; ``redline_weight_decay_in_force`` reads what is in force. The first decision takes ``g`` for what the
-    group's own decay would hold at rest.
+    which brings the difference from the target down by a factor e in ``horizon`` steps. ``lr`` is the rate of the steps
+    as they were committed, in the mean since the last time. The groups' own settings are not touched;
+    ``redline_weight_decay_in_force`` reads what is in force. The first decision takes ``g`` for what the group's own
+    decay would hold at rest. No step takes more than half of a matrix.
 
-    A decay that is coupled with the gradient cannot be replaced, and is refused by name.
+    A decay that is coupled with the gradient cannot be replaced, and is refused by name; a matrix that is zero when it
+    would be frozen keeps its group's.
 
     Source: arXiv 2510.15262 for the law; the feedback is Redline's own.
     """
@@ -95,10 +99,9 @@ class WeightDecayControl(Controller):
 
     def _forget(self) -> None:
         self._spectra = SpectrumTracker(_SEED)
-        self._names: list[str] = []  # of the layers that what follows is of
+        self._names: list[str] = []  # of the layers that the state is of
         self._measured_at: int | None = None
-        self._targets = self._weight_decay = self._growth = self._x = self._shrunk = torch.zeros(0)
-        self._news: dict[str, float | Tensor] | None = None
+        self._state: dict[str, Tensor] = {}
 
     def begin(self, run: RunOutline) -> None:
         """Find the layers, and refuse targets that cannot be held.
@@ -146,83 +149,109 @@ class WeightDecayControl(Controller):
         if self._names != names:  # a state of other layers was loaded
             self._forget()
             self._names = names
-        present = [layer.parameter in step.before for layer in self._layers]
-        if not any(present) or (self._measured_at is None and step.index < self.freeze_at and self.target is None):
+        places = [place for place, layer in enumerate(self._layers) if layer.parameter in step.before]
+        waits = self.target is None and step.index < self.freeze_at
+        if not places or (waits and self._measured_at is None):
             return []
+        layers = [self._layers[place] for place in places]
         due = self._measured_at is None or step.index >= self._measured_at + self.every
-        if due and all(present):
-            self._measure(step)
-        if self._measured_at is None:
-            return []
-        layers = [layer for layer, here in zip(self._layers, present, strict=True) if here]
-        decays = self._weight_decay
-        if len(layers) < len(self._layers):  # the others' optimizer was skipped
-            places = torch.tensor([place for place, here in enumerate(present) if here])
-            decays = decays.index_select(0, places.to(decays.device, non_blocking=True))
-        rates = {layer.parameter: step.rates[layer.parameter].lr if here else 0.0
-                 for layer, here in zip(self._layers, present, strict=True)}  # fmt: skip
-        self._shrunk = self._shrunk + by_layer(self._layers, rates, self._shrunk) * self._weight_decay
-        if self._measured_at != step.index:
-            return [Decay(layers, decays, None)]
-        worst = (self._x.sqrt() / self._targets).log().abs().argmax()
-        saw = {"worst": worst}
-        saw |= {name: of.gather(0, worst.reshape(1))[0] for name, of in
-                (("sigma", self._x.sqrt()), ("target", self._targets), ("weight_decay", decays))}  # fmt: skip
+        if due:
+            self._measure(step, layers, places)
+        here = torch.tensor(places).to(self._state["x"].device, non_blocking=True)
+        x, target, weight_decay = (self._state[key].index_select(0, here) for key in ("x", "target", "weight_decay"))
+        lr = by_layer(layers, {layer.parameter: step.rates[layer.parameter].lr for layer in layers}, x)
+        in_force = torch.minimum(weight_decay, _MOST_SHRINKING / lr)
+        if not due:
+            return [Decay(layers, in_force, None)]
+        sigma = x.sqrt()
+        worst = (sigma / target).log().abs().nan_to_num(0.0, 0.0).argmax()  # not where there is no target
+        saw: dict[str, Number] = {"worst": worst}
+        for name, values in (("sigma", sigma), ("target", target), ("weight_decay", in_force)):
+            saw[name] = values.gather(0, worst.reshape(1))[0]
         reason = (
             f"the decay of {len(layers)} matrices was set; {{layer}} is farthest from its target, with sigma_1 = "
             "{sigma:.4g} where {target:.4g} was asked: its weight decay is {weight_decay:.3g}."
         )
-        return [Decay(layers, decays, reason, saw)]
+        return [Decay(layers, in_force, reason, saw)]
 
-    def _measure(self, step: Step) -> None:
-        """Take ``sigma_1``, and from what it did since the last time the decays to come."""
-        sigma = self._spectra.measure(self._layers, step.before, _TOLERANCE).sigma
-        x = sigma.square()
-        lr = by_layer(self._layers, {layer.parameter: step.rates[layer.parameter].lr for layer in self._layers}, x)
-        if self._measured_at is None:
-            groups = {layer.parameter: step.rates[layer.parameter].weight_decay for layer in self._layers}
-            self._weight_decay = by_layer(self._layers, groups, x)
-            asked = [self.target[layer.name] for layer in self._layers] if self.target else None
-            self._targets = (
-                sigma if asked is None else torch.tensor(asked, dtype=x.dtype).to(x.device, non_blocking=True)
-            )
-            self._growth = 2 * lr * self._weight_decay * x
-        else:
-            steps = step.index - self._measured_at
-            # The equation above, solved over the interval for the g that led from the last x to this one.
-            shrunk = 2 * self._shrunk.to(x)
-            kept = torch.where(shrunk > 0, -torch.expm1(-shrunk) / shrunk, 1.0)
-            growth = (x - self._x * torch.exp(-shrunk)) / (steps * kept)
-            self._growth = (self._growth.to(x) + growth.clamp_min(0)) / 2
-        wanted = (self._growth + (x - self._targets.to(x).square()) / self.horizon) / (2 * lr * x)
-        # Where there is no rate or no weight, or one that is not finite, the decay stays.
-        self._weight_decay = torch.where(wanted.isfinite(), wanted.clamp(*self.bounds), self._weight_decay.to(x))
-        self._x, self._shrunk, self._measured_at = x, torch.zeros_like(x), step.index
+    def _measure(self, step: Step, layers: Sequence[MatrixLayer], places: Sequence[int]) -> None:
+        """Take ``sigma_1`` of the layers at these places, and from what it did since the last time the decays to come.
+
+        The state is a number a layer: ``x`` and ``target``, ``weight_decay``, ``growth`` (g, at the rate
+        ``growth_lr``), and since the last measurement the ``steps`` made, the sums of their ``lr`` and of what was
+        ``shrunk``.
+        """
+        x = self._spectra.measure(layers, step.before, _TOLERANCE).sigma.square()
+        rates = {layer.parameter: step.rates[layer.parameter] for layer in layers}
+        lr_now = by_layer(layers, {name: one.lr for name, one in rates.items()}, x)
+        group_decay = by_layer(layers, {name: one.weight_decay for name, one in rates.items()}, x)
+        if not self._state:
+            nothing = torch.full((len(self._layers),), math.nan, dtype=x.dtype, device=x.device)
+            self._state = {key: nothing for key in ("x", "target", "weight_decay", "growth", "growth_lr")}
+            self._state |= {key: torch.zeros_like(nothing) for key in ("steps", "lr", "shrunk")}
+        here = torch.tensor(places).to(x.device, non_blocking=True)
+        was = {key: values.to(x).index_select(0, here) for key, values in self._state.items()}
+
+        fresh = was["weight_decay"].isnan()
+        target = torch.where(fresh, x.sqrt(), was["target"])
+        if self.target is not None:
+            asked = torch.tensor([self.target[layer.name] for layer in layers], dtype=x.dtype)
+            target = asked.to(x.device, non_blocking=True)
+        weight_decay = torch.where(fresh, group_decay, was["weight_decay"])
+        growth = torch.where(fresh, 2 * lr_now * group_decay * x, was["growth"])
+        lr = torch.where(was["steps"] > 0, was["lr"] / was["steps"], lr_now)
+        growth = growth * (lr / torch.where(fresh, lr, was["growth_lr"])).square().nan_to_num(1.0).clamp_max(1.0)
+        # The equation above, solved over the interval for the g that led from the last x to this one.
+        shrunk = 2 * was["shrunk"]
+        kept = torch.where(shrunk > 0, -torch.expm1(-shrunk) / shrunk, 1.0)
+        seen = ((x - was["x"] * torch.exp(-shrunk)) / (was["steps"] * kept)).clamp_min(0.0)
+        growth = torch.where(seen.isfinite(), (growth + seen) / 2, growth)
+
+        wanted = (growth + (x - target.square()) / self.horizon) / (2 * lr * x)
+        # Without a rate, a weight or a target, or with one that is not finite, the decay stays.
+        wanted = torch.where(wanted.isfinite(), wanted, weight_decay).clamp(*self.bounds)
+        new = {"x": x, "target": target, "weight_decay": torch.where(target > 0, wanted, weight_decay)}
+        new |= {"growth": growth, "growth_lr": lr}
+        new |= {key: torch.zeros_like(x) for key in ("steps", "lr", "shrunk")}
+        self._state = {key: values.to(x).index_copy(0, here, new[key]) for key, values in self._state.items()}
+        self._measured_at = step.index
 
     def read_out(self, step: Step, readings: Readings) -> None:
-        """The decay in force, when it has been set."""
+        """Remember the rates that all have settled on; the decay in force, when it has been set."""
+        layers = [layer for layer in self._layers if layer.parameter in step.before]
+        if not self._state or not layers:
+            return
+        lr, weight_decay = (
+            by_layer(
+                self._layers,
+                {layer.parameter: getattr(step.rates.get(layer.parameter), of, 0.0) for layer in self._layers},
+                self._state["x"],
+            )
+            for of in ("lr", "weight_decay")
+        )
+        moved = [float(layer.parameter in step.before) for layer in self._layers]
+        moves = torch.tensor(moved, dtype=lr.dtype).to(lr.device, non_blocking=True)
+        for key, more in (("steps", moves), ("lr", lr), ("shrunk", lr * weight_decay)):
+            self._state[key] = self._state[key].to(lr) + more
         if self._measured_at == step.index:
-            readings.layers(metrics.WEIGHT_DECAY_IN_FORCE, self._names, self._weight_decay)
+            in_force = weight_decay.index_select(
+                0, torch.tensor([place for place, here in enumerate(moved) if here]).to(lr.device, non_blocking=True)
+            )
+            readings.layers(metrics.WEIGHT_DECAY_IN_FORCE, [layer.name for layer in layers], in_force)
 
     def state_dict(self) -> dict[str, Any]:
         """Targets, decays, and what the next ones are taken from."""
         return {
             "layers": list(self._names),
             "measured_at": self._measured_at,
-            "targets": self._targets,
-            "weight_decay": self._weight_decay,
-            "growth": self._growth,
-            "x": self._x,
-            "shrunk": self._shrunk,
+            "state": dict(self._state),
             "spectra": self._spectra.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on as before, if it is the same layers that are held."""
-        self._names = list(state["layers"])
-        self._measured_at = state["measured_at"]
-        self._targets, self._weight_decay, self._growth = state["targets"], state["weight_decay"], state["growth"]
-        self._x, self._shrunk = state["x"], state["shrunk"]
+        """Go on as before, if it is the same layers that are held; targets given to the constructor stay."""
+        self._names, self._measured_at = list(state["layers"]), state["measured_at"]
+        self._state = dict(state["state"])
         self._spectra.load_state_dict(state["spectra"])
 
 

@@ -17,6 +17,7 @@ from redline.controller import (
     Controller,
     Decay,
     Keep,
+    Number,
     Reject,
     RollBack,
     RunOutline,
@@ -143,7 +144,7 @@ class Control:
         if step.withheld:
             self._transaction.withhold(parameters.values())
         if self._decay_rules:
-            step.rates.update(self._decay_rules.rates(optimizer, parameters))
+            step.rates.update(self._decay_rules.rates_of_step(optimizer, parameters))
         if any(controller.snapshots_state for _, controller in self._controllers):
             self._states.append((optimizer, OptimizerState.of(optimizer)))
 
@@ -256,9 +257,9 @@ class Control:
                     f"got a weight decay for {parameter!r} from {name}; expected one that can be told from the rest of "
                     f"the update: {rates.coupled}."
                 )
-            more = weight_decay - rates.weight_decay
-            if isinstance(more, Tensor) or more != 0:
-                self._transaction.shrink(parameter, rates.lr * more)
+            both = weight_decay, rates.weight_decay
+            if any(isinstance(one, Tensor) for one in both) or _differ(*both, decision.weight_decays.dtype):
+                self._transaction.shrink(parameter, rates.lr * (weight_decay - rates.weight_decay))
                 step.rates[parameter] = rates._replace(weight_decay=weight_decay)
                 changed = True
         return changed
@@ -341,6 +342,11 @@ class Control:
                 f"got controllers in a run of {ranks} ranks; expected one: each rank would decide by its own batch, "
                 "and the ranks' parameters would part. Leave controllers out; monitoring such a run is fine."
             )
+
+
+def _differ(decided: Number, before: Number, precision: torch.dtype) -> bool:
+    """Whether a decay on the host is another, in the precision it was decided in."""
+    return float(decided) != float(torch.tensor(before, dtype=precision))
 
 
 def _say(notes: Notes, name: str, text: str) -> None:

@@ -240,7 +240,7 @@ class Controller:
         return ()
 
     def read_out(self, step: Step, readings: Readings) -> None:
-        """After the commit: readings of its own, if it has any."""
+        """When all have decided, ahead of the commit: readings of its own, if it has any."""
 
     def state_dict(self) -> dict[str, Any]:
         """What lasts between steps; empty by default."""

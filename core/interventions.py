@@ -70,7 +70,7 @@ class InterventionLog:
 
     def add(self, step: int, controller: str, decision: AfterUpdate) -> None:
         """Remember a decision that changed something, now or when its numbers are on the host."""
-        if not all(map(is_on_host, _tensors(decision))):
+        if self._untold or not all(map(is_on_host, _tensors(decision))):  # oldest first
             self._untold.append((step, controller, decision))
         elif decision.acts:
             self.tell(step, controller, decision)

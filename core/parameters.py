@@ -75,7 +75,7 @@ def by_parameter(
             continue
         if name not in found:
             shape = (*parameters[name].shape[:-2], 1, 1)
-            found[name] = torch.as_tensor(default(name)).to(numbers).expand(shape).clone()
+            found[name] = _as_one_of(default(name), numbers).expand(shape).clone()
         torch.as_tensor(found[name]).view(-1)[layer.index] = value
     return found
 
@@ -89,7 +89,11 @@ def by_layer(layers: Sequence[MatrixLayer], numbers: Mapping[str, float | Tensor
     ]  # fmt: skip
     if not any(isinstance(value, Tensor) for value in values):
         return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
-    return torch.stack([torch.as_tensor(value).to(like, non_blocking=True) for value in values])
+    return torch.stack([_as_one_of(value, like) for value in values])
+
+
+def _as_one_of(number: float | Tensor, like: Tensor) -> Tensor:
+    return torch.as_tensor(number, dtype=like.dtype).to(like, non_blocking=True)
 
 
 def matrix_layers(model: nn.Module, notes: Notes) -> list[MatrixLayer]:

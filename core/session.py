@@ -112,6 +112,7 @@ class Session:
             self._transaction,
             self._readings,
         )
+        self._control.begin(self._layers, [self._names.held_by(one) for one in self._optimizers], self._notes)
         self._time = OwnTime()
         self._closed = False
         for name, _ in self._monitors:
@@ -130,7 +131,6 @@ class Session:
         self._capture = ForwardCapture(model, module, self.before_forward)
         self._probe = TangentProbe(self._capture, logits, batch_dim, self._notes, around_replay)
         self._hooks = [OptimizerHooks(optimizer, self) for optimizer in self._optimizers]
-        self._control.begin(self._layers, [self._names.held_by(one) for one in self._optimizers], self._notes)
         self._arm()
         self._snapshot = self._readings.fetch(run)
         for name, sink in list(self._sinks):

@@ -17,7 +17,8 @@ from redline.step import Step
 
 _UPDATE_SEED, _WEIGHT_SEED = 0xC1A3B, 0xCE111
 TOLERANCE = 1e-3
-"""Relative error of ``sigma_1``; estimates are from below, and so much is allowed for."""
+"""Relative error of ``sigma_1`` that is allowed for: estimates are from below."""
+_ASKED = 2e-5  # of the iteration, whose own estimate of what is still to come errs on flat spectra such as Muon's
 
 
 class UpdateLimits:
@@ -45,7 +46,7 @@ class UpdateLimits:
             layers = [layer for layer in layers if not self._is_surely_under(step, layer, net[layer.parameter], more)]
         if not layers:
             return None
-        sigma = self._updates.measure(layers, net, TOLERANCE).sigma * (1 + TOLERANCE)
+        sigma = self._updates.measure(layers, net, _ASKED).sigma * (1 + TOLERANCE)
         sigma = sigma * torch.as_tensor(lengthened).to(sigma, non_blocking=True)
         if self.relative_to == "fan":
             rates = {name: step.rates[name].lr for name in net}
@@ -68,7 +69,7 @@ class UpdateLimits:
 
     def weights(self, step: Step, layers: Sequence[MatrixLayer]) -> Tensor:
         """``sigma_1`` of the matrices before the step, ``(n,)``."""
-        return self._weights.measure(layers, step.before, TOLERANCE).sigma
+        return self._weights.measure(layers, step.before, _ASKED).sigma
 
     def _is_surely_under(self, step: Step, layer: MatrixLayer, net: Tensor, lengthened: float) -> bool:
         """Whether Frobenius norms alone say so: ``sigma_1 <= ||.||_F <= sqrt(min(d_out, d_in)) sigma_1``."""

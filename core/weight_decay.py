@@ -6,6 +6,7 @@ with ``q`` the update net of decay. Which optimizers decay so is not known by na
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
 
 _STEPS = 4  # momentum tells coupled decay from decoupled only at the second
 _SHAPE = (8, 2)  # not square: rates adjusted to the shape differ from the group's
 _LEARNING_RATE, _WEIGHT_DECAY = 2.0**-4, 2.0**-3
-_TOLERANCE = 1e-6
+_TOLERANCE = 1e-10  # in float64; rates that drift from the group's show
 # Settings that ask for another device, a graph or a loss scale.
 _PLAIN = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
 _LOSS_SCALE = ("grad_scale", "found_inf")
@@ -64,6 +66,17 @@ class DecayRules:
             found.update({names[id(p)]: rates for p in group["params"] if id(p) in names})
         return found
 
+    def rates_of_step(self, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Rates]:
+        """The same for the step about to be made: 0 where none is, without a gradient or after an overflow."""
+        skipped = getattr(optimizer, "found_inf", None)  # a GradScaler leaves it to fused optimizers
+        rates = self.rates(optimizer, parameters)
+        for name, one in rates.items():
+            if parameters[name].grad is None:
+                rates[name] = one._replace(lr=0.0)
+            elif isinstance(skipped, Tensor):
+                rates[name] = one._replace(lr=_kept(one.lr * (1 - skipped.to(parameters[name].device))))
+        return rates
+
 
 def why_coupled(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
     """Why the decay of a group's parameters cannot be told from the rest of their updates, or None where it can.
@@ -85,17 +98,20 @@ def why_coupled(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
 
 def _differ_by_decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(_SHAPE, generator=generator, dtype=torch.float64)
-    decayed, plain = nn.Parameter(start), nn.Parameter(start.clone())
-    with torch.random.fork_rng(devices=[]):  # some round at random
-        twins = [_scratch(optimizer, group, decayed, _WEIGHT_DECAY), _scratch(optimizer, group, plain, 0.0)]
+
+    def drawn() -> Tensor:
+        return torch.randn(_SHAPE, generator=generator, dtype=torch.float64, device="cpu")
+
+    decayed, plain = nn.Parameter(drawn()), nn.Parameter(drawn())
+    twins = [_scratch(optimizer, group, decayed, _WEIGHT_DECAY), _scratch(optimizer, group, plain, 0.0)]
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # some round at random
         for _ in range(_STEPS):
-            before = decayed.detach().clone()
+            before, gradient = decayed.detach().clone(), drawn()
             plain.detach().copy_(before)
-            gradient = torch.randn(_SHAPE, generator=generator, dtype=torch.float64)
             decayed.grad, plain.grad = gradient, gradient.clone()
             for twin in twins:
-                type(twin).step(twin)
+                step = type(twin).step
+                getattr(step, "__wrapped__", step)(twin)  # torch's wrapper calls the hooks that are on all optimizers
             expected = -_LEARNING_RATE * _WEIGHT_DECAY * before
             if not torch.allclose(decayed.detach() - plain.detach(), expected, rtol=0, atol=_TOLERANCE):
                 return False
@@ -103,18 +119,32 @@ def _differ_by_decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -
 
 
 def _scratch(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter, weight_decay: float) -> Optimizer:
-    """An optimizer of the same class and settings over one parameter, without state, hooks or schedulers."""
+    """An optimizer of the same class and settings over one parameter, without state, hooks or schedulers.
+
+    Raises:
+        TypeError: it is built around something that trains: a copy might move the run's own parameters.
+    """
     twin: Optimizer = object.__new__(type(optimizer))
-    for key, value in vars(optimizer).items():
-        if key.endswith("_hooks"):
-            vars(twin)[key] = OrderedDict()
-        elif key != "step" and key not in _LOSS_SCALE:  # schedulers wrap the instance's step
-            vars(twin)[key] = value
-    settings = {key: value for key, value in _PLAIN.items() if key in group}
+    own = {
+        key: value
+        for key, value in vars(optimizer).items()
+        if key not in ("state", "param_groups", "step", *_LOSS_SCALE) and not key.endswith("_hooks")
+    }  # schedulers wrap the instance's step
+    settings = {key: value for key, value in group.items() if key not in ("params", "lr", "weight_decay")}
+    for leaf in tree_leaves([list(own.values()), list(settings.values())]):
+        if isinstance(leaf, (Optimizer, nn.Module, nn.Parameter)):
+            raise TypeError(f"it is built around a {type(leaf).__name__}")
+
+    def copied(leaf: Any) -> Any:
+        return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf, {id(optimizer): twin})
+
+    vars(twin).update(tree_map(copied, own))
+    vars(twin).update({key: OrderedDict() for key in vars(optimizer) if key.endswith("_hooks")})
+    plain = {key: value for key, value in _PLAIN.items() if key in group}
+    twin.defaults = {**twin.defaults, **plain}
     twin.state = defaultdict(dict)
-    twin.param_groups = [
-        {**group, **settings, "params": [parameter], "lr": _LEARNING_RATE, "weight_decay": weight_decay}
-    ]
+    scratch_rates = {"params": [parameter], "lr": _LEARNING_RATE, "weight_decay": weight_decay}
+    twin.param_groups = [{**tree_map(copied, settings), **plain, **scratch_rates}]
     return twin
 
 

@@ -296,6 +296,15 @@ def test_numbers_of_layers_are_their_parameters() -> None:
         assert found.tolist() == [expected[layer.name] for layer in some]
 
 
+@PLACES
+def test_one_number_in_a_tensor_is_that_of_each_matrix_of_a_stack(place: type[Tensor]) -> None:
+    """Such as the rate of its group."""
+    layers = [layer for layer in matrix_layers(Stacks(), Notes()) if layer.parameter in ("experts", "conv.weight")]
+    rate = torch.tensor(0.25).as_subclass(place)
+    found = by_layer(layers[1:], {"experts": rate, "conv.weight": 2.0}, torch.zeros(()).as_subclass(place))
+    assert found.tolist() == [0.25, 0.25, 2.0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_numbers_of_layers_as_floats_keep_their_precision(dtype: torch.dtype) -> None:
     layers = matrix_layers(Stacks(), Notes())[-2:]

@@ -88,12 +88,18 @@ class DecayLast(Descent):
 
 
 class EverySecond(Descent):
-    """Decays at its first step, and then at every second."""
+    """Leaves the decay out at every second step."""
+
+    every = 2
 
     def move(self, parameter: Tensor, group: dict[str, Any], lr: float, decay: float) -> None:
         state = self.state[parameter]
         state["moves"] = state.get("moves", 0) + 1
-        super().move(parameter, group, lr, decay if state["moves"] % 2 else 0.0)
+        super().move(parameter, group, lr, decay if state["moves"] % self.every else 0.0)
+
+
+class EveryThird(EverySecond):
+    every = 3
 
 
 class Cautious(Descent):
@@ -185,6 +191,7 @@ COUPLED: list[tuple[Make, dict[str, Any]]] = [
     (OwnRate, {}),
     (DecayLast, {}),
     (EverySecond, {}),
+    (EveryThird, {}),
     (Cautious, {}),
     (ByShape, {}),
     (Anchored, {}),
