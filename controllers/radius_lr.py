@@ -26,8 +26,8 @@ class RadiusLR(RadiusController):
     - Early in training it is long, because the logits hardly move yet, and what breaks first is their linearization:
       no matrix is pushed harder than ``max_update_to_weight`` of its own strength, ``sigma_1(dW)`` over
       ``sigma_1(W)``, net of decoupled decay. The rest of the step keeps its length.
-    - Late in training it differs much from batch to batch: the scale grows at most by ``max_growth`` from one step to
-      the next, while it may fall at once, so that it keeps to the short radii among them.
+    - Late in training it differs much from batch to batch: the rate that results grows at most by ``max_growth`` from
+      one step to the next, while it may fall at once, so that steps keep to the short radii among them.
 
     What r is, and what is left of a step that was scaled, rejected or could not be measured: see ``RadiusController``.
 
@@ -53,8 +53,8 @@ class RadiusLR(RadiusController):
             r: of each step, in radii; the paper finds 1 best of 0.5, 1, 2 and 4.
             max_update_to_weight: the hardest push on a matrix; None for no limit, as in the paper. The default is
                 Redline's choice.
-            max_growth: of the scale, from one step to the next; None for no limit, as in the paper. The default is
-                Redline's choice.
+            max_growth: of the rate that results, from one step to the next; None for no limit, as in the paper. The
+                default is Redline's choice.
             reduction: "max" over the samples, as in the paper, or a quantile in (0, 1] of them.
             max_samples: the most samples of the batch to measure on; None for all. A maximum over fewer is an estimate
                 from below, so that steps come out longer. The default is Redline's choice.
@@ -78,7 +78,7 @@ class RadiusLR(RadiusController):
     def _forget(self) -> None:
         most = self.max_update_to_weight
         self._limits = None if most is None else UpdateLimits(most, "weight")
-        self._last_scale = torch.tensor(math.inf)
+        self._last_rate = torch.tensor(math.inf)
 
     def begin(self, run: RunOutline) -> None:
         """Start cold."""
@@ -97,23 +97,25 @@ class RadiusLR(RadiusController):
 
     def scale(self, r: Tensor, step: Step) -> Scale:
         """Bring the step to its length."""
-        last = self._last_scale.to(r, non_blocking=True)
+        rates = {id(one.lr) if isinstance(one.lr, Tensor) else one.lr: one.lr for one in step.rates.values()}
+        lr = torch.stack([torch.as_tensor(rate).to(r, non_blocking=True) for rate in rates.values()]).amax()
+        last = self._last_rate.to(r, non_blocking=True)
         growth = math.inf if self.max_growth is None else self.max_growth
-        factor = torch.minimum(self.r / r, growth * last)
+        factor = torch.fmin(self.r / r, growth * last / lr)  # where the rate is 0 nothing limits it, and nothing moves
         told = (r > 0) & factor.isfinite()  # an infinite r is told of too, and nothing of such a step committed
-        self._last_scale = torch.where(told & (factor > 0), factor, last)
+        self._last_rate = torch.where(told & (factor > 0), factor * lr, last)
         factor = torch.where(told, factor, 1.0)
         saw: dict[str, Number] = {"r": r, "brought": r * factor, "scale": factor, "update_norm": step.update.norm}
         return Scale(factor, "r = {r:.3g} was brought to {brought:.3g}: the step was scaled by {scale:.3g}.", saw=saw)
 
     def state_dict(self) -> dict[str, Any]:
-        """The last scale, and warm starts."""
+        """The last rate, and warm starts."""
         limits = {} if self._limits is None else self._limits.state_dict()
-        return {**super().state_dict(), "last_scale": self._last_scale, "limits": limits}
+        return {**super().state_dict(), "last_rate": self._last_rate, "limits": limits}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as before."""
         super().load_state_dict(state)
-        self._last_scale = state["last_scale"]
+        self._last_rate = state["last_rate"]
         if self._limits is not None and state["limits"]:
             self._limits.load_state_dict(state["limits"])

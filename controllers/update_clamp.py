@@ -29,10 +29,10 @@ class UpdateClamp(Controller):
         sigma_1(W) <= max(sigma_1(W_0), limit * sqrt(d_out / d_in) / wd),
 
     the ceiling that ``redline_weight_spectral_ceiling`` reads: ``wd`` is the smallest decay that was in force so far,
-    and ``W_0`` the matrix ahead of the first step that was held; a step with ``lr * wd > 1`` raises it. Where a decay is
-    coupled with the gradient the whole update is clamped, there is no ceiling, and a warning says so by name. Matrices
-    under their limit keep the optimizer's own update, bit for bit; vectors are left alone, and so are, under "weight",
-    matrices that are zero.
+    and ``W_0`` the matrix ahead of the first step that was held. Steps with ``lr * wd > 1``, or without decay, raise
+    it; weights changed from outside are not known of. Where a decay is coupled with the gradient the whole
+    update is clamped, there is no ceiling, and a warning says so by name. Matrices under their limit keep the
+    optimizer's own update, bit for bit; vectors are left alone, and so are, under "weight", matrices that are zero.
 
     Source: arXiv 2601.01306 (Muon++), the condition on updates alone; "weight" is Redline's own.
     """
@@ -44,9 +44,9 @@ class UpdateClamp(Controller):
         """Set the limit.
 
         Args:
-            limit: 1 by default, Redline's choice: no step may push a matrix harder than it is strong, which no healthy
-                step does. Under "fan" 1 is what Muon's updates come to; those of AdamW and of sign updates come to
-                ``sqrt(d_in)`` and more.
+            limit: 1 by default, Redline's choice: no step may push a matrix harder than it is strong, which healthy
+                steps do only to matrices that start at or near zero. Under "fan" 1 is what Muon's updates come to;
+                those of AdamW and of sign updates come to ``sqrt(d_in)`` and more.
             relative_to: "fan" holds the spectral condition, and gives the ceiling; "weight" goes by the matrix itself,
                 whatever the optimizer.
 
@@ -72,6 +72,11 @@ class UpdateClamp(Controller):
             if reason:
                 run.note(f"{reason}: the whole update is clamped, and there is no ceiling on the weights.")
         for optimizer in run.optimizers if self.relative_to == "fan" else ():
+            if any(group.get("lr") is None for group in optimizer.param_groups):
+                raise ConfigurationError(
+                    f"got UpdateClamp relative to 'fan' on {type(optimizer).__name__}, which has no learning rate in "
+                    "its groups; expected one to go by. Use relative_to='weight'."
+                )
             for adjusted in {group.get("adjust_lr_fn") for group in optimizer.param_groups} - {None, "original"}:
                 run.note(
                     f"{type(optimizer).__name__} adjusts its rate to each matrix's shape ({adjusted}): its updates do "
@@ -91,16 +96,18 @@ class UpdateClamp(Controller):
         if new := [layer for layer in layers if layer.name not in self._ceilings]:
             sigma = self._limits.weights(step, new) * (1 + TOLERANCE)
             self._ceilings.update(zip([layer.name for layer in new], sigma, strict=True))
-        ceilings = torch.stack([self._ceilings[layer.name] for layer in layers])
+        device = step.before[layers[0].parameter].device
+        ceilings = torch.stack([self._ceilings[layer.name].to(device, non_blocking=True) for layer in layers])
         rates = {layer.parameter: step.rates[layer.parameter] for layer in layers}
         decays = by_layer(layers, {name: one.weight_decay for name, one in rates.items()}, ceilings)
         lr = by_layer(layers, {name: one.lr for name, one in rates.items()}, ceilings)
-        most = self.limit * fans(layers, ceilings)
-        turned = (lr * decays - 1) * ceilings + lr * most  # a decay past zero, as in a spike of the rate
-        ceilings = torch.maximum(ceilings, torch.where(lr * decays > 1, turned, most / decays))
+        most, shrunk = self.limit * fans(layers, ceilings), lr * decays
+        at_rest = most / decays
+        after_this = (1 - shrunk).abs() * ceilings + lr * most  # past zero, as in a spike of the rate, or undecayed
+        ceilings = torch.maximum(ceilings, torch.where((decays > 0) & (shrunk <= 1), at_rest, after_this))
         names = [layer.name for layer in layers]
         self._ceilings.update(zip(names, ceilings, strict=True))
-        readings.layers(metrics.WEIGHT_SPECTRAL_CEILING, names, ceilings, ceilings.isfinite())
+        readings.layers(metrics.WEIGHT_SPECTRAL_CEILING, names, ceilings, decays > 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Warm starts and ceilings."""

@@ -21,7 +21,6 @@ from redline.step import Step
 
 _SEED = 0xDECA1
 _TOLERANCE = 1e-3  # relative error of sigma_1
-_MOST_SHRINKING = 0.5  # of a matrix in one step, whatever the rate of that step
 
 
 class WeightDecayControl(Controller):
@@ -41,7 +40,7 @@ class WeightDecayControl(Controller):
     which brings the difference from the target down by a factor e in ``horizon`` steps. ``lr`` is the rate of the steps
     as they were committed, in the mean since the last time. The groups' own settings are not touched;
     ``redline_weight_decay_in_force`` reads what is in force. The first decision takes ``g`` for what the group's own
-    decay would hold at rest. No step takes more than half of a matrix.
+    decay would hold at rest. No step shrinks a matrix by more than ``1 / every``, whatever its rate.
 
     A decay that is coupled with the gradient cannot be replaced, and is refused by name; a matrix that is zero when it
     would be frozen keeps its group's.
@@ -122,8 +121,10 @@ class WeightDecayControl(Controller):
             if not self._layers:
                 raise ConfigurationError(
                     "got no target and no matrix that decays; expected parameter groups with a weight_decay, or "
-                    "target={layer: sigma_1}" + "".join(f" ({reason})" for reason in coupled) + "."
+                    "target={layer: sigma_1}" + "".join(f" ({why})" for why in coupled) + "."
                 )
+            for why in coupled:
+                run.note(f"{why}: the matrices of such groups are not held.")
             return
         for name in self.target:
             if name not in known:
@@ -157,10 +158,15 @@ class WeightDecayControl(Controller):
         due = self._measured_at is None or step.index >= self._measured_at + self.every
         if due:
             self._measure(step, layers, places)
-        here = torch.tensor(places).to(self._state["x"].device, non_blocking=True)
+        device = step.before[layers[0].parameter].device
+        self._state = {key: values.to(device, non_blocking=True) for key, values in self._state.items()}
+        here = torch.tensor(places).to(device, non_blocking=True)
         x, target, weight_decay = (self._state[key].index_select(0, here) for key in ("x", "target", "weight_decay"))
-        lr = by_layer(layers, {layer.parameter: step.rates[layer.parameter].lr for layer in layers}, x)
-        in_force = torch.minimum(weight_decay, _MOST_SHRINKING / lr)
+        rates = {layer.parameter: step.rates[layer.parameter] for layer in layers}
+        group_decay = by_layer(layers, {name: one.weight_decay for name, one in rates.items()}, x)
+        weight_decay = torch.where(weight_decay.isnan(), group_decay, weight_decay)  # of one not measured yet
+        lr = by_layer(layers, {name: one.lr for name, one in rates.items()}, x)
+        in_force = torch.minimum(weight_decay, 1 / (self.every * lr))
         if not due:
             return [Decay(layers, in_force, None)]
         sigma = x.sqrt()
@@ -229,7 +235,7 @@ class WeightDecayControl(Controller):
             )
             for of in ("lr", "weight_decay")
         )
-        moved = [float(layer.parameter in step.before) for layer in self._layers]
+        moved = [layer.parameter in step.before for layer in self._layers]
         moves = torch.tensor(moved, dtype=lr.dtype).to(lr.device, non_blocking=True)
         for key, more in (("steps", moves), ("lr", lr), ("shrunk", lr * weight_decay)):
             self._state[key] = self._state[key].to(lr) + more

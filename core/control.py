@@ -35,8 +35,8 @@ from redline.parameters import MatrixLayer, by_parameter
 from redline.readings import Readings, is_on_host
 from redline.run_snapshot import RunningStatistics, RunSnapshot
 from redline.step import Step
-from redline.transaction import StepTransaction
-from redline.weight_decay import DecayRules
+from redline.transaction import StepTransaction, times
+from redline.weight_decay import DecayRules, Rates
 
 T = TypeVar("T")
 
@@ -86,12 +86,20 @@ class Control:
             for decision in (Scale, Decay, Withhold, Reject, RollBack, Stop):
                 readings.count(metrics.INTERVENTIONS, 0, name, decision.action)
 
-    def begin(self, layers: Sequence[MatrixLayer], held: Sequence[Mapping[str, Tensor]], notes: Notes) -> None:
-        """Tell the controllers what they are to control; ``held``: each optimizer's parameters, by name."""
-        rates = {}
-        if self._decay_rules:
-            for optimizer, parameters in zip(self._optimizers, held, strict=True):
-                rates.update(self._decay_rules.rates(optimizer, parameters))
+    def begin(
+        self, layers: Sequence[MatrixLayer], held_by: Callable[[Optimizer], Mapping[str, Tensor]], notes: Notes
+    ) -> None:
+        """Tell the controllers what they are to control; ``held_by``: an optimizer's parameters, by name."""
+        rates: dict[str, Rates] = {}
+        for optimizer in self._optimizers if self._decay_rules else ():
+            assert self._decay_rules is not None
+            parameters = held_by(optimizer)
+            if shared := rates.keys() & parameters.keys():
+                raise ConfigurationError(
+                    f"got {min(shared)!r} in two optimizers; expected each parameter in one: with two, rate and decay "
+                    "of its update cannot be told. Leave out the controllers that decide on single matrices."
+                )
+            rates.update(self._decay_rules.rates(optimizer, parameters))
         for name, controller in self._controllers:
             controller.begin(RunOutline(layers, self._optimizers, rates, partial(_say, notes, name)))
 
@@ -184,7 +192,7 @@ class Control:
                     size = None
                 else:
                     self._scale(step, name, factor, list(self._transaction.parameters))
-                    scale, size = scale * factor, None if size is None else _times(size, factor)
+                    scale, size = scale * factor, None if size is None else times(factor, size)
         for name, controller in self._controllers:
             self._ask(name, step, partial(controller.read_out, readings=self._readings))
         self._transaction.commit()
@@ -351,13 +359,6 @@ def _differ(decided: Number, before: Number, precision: torch.dtype) -> bool:
 
 def _say(notes: Notes, name: str, text: str) -> None:
     notes.add(f"{name}: {text}")
-
-
-def _times(size: float | Tensor, factor: float | Tensor) -> float | Tensor:
-    """0 where the factor is 0, also of a size that is not finite."""
-    if isinstance(factor, Tensor):
-        return torch.where(factor == 0, 0.0, size * factor)
-    return size * factor if factor else 0.0
 
 
 def _rejected(one: Intervention) -> str:

@@ -82,19 +82,20 @@ class InterventionLog:
             return []
         numbers = to_host([*tensors, *(tensor for _, _, decision in untold for tensor in _tensors(decision))])
         found = [next(numbers)[0] for _ in tensors]
-        rejected = None
+        known: list[tuple[int, str, AfterUpdate]] = []
         for step, controller, decision in untold:
             acts, *saw = (
                 next(numbers)[0] if isinstance(value, Tensor) else value
                 for value in (decision.acts, *decision.saw.values())
             )
-            known = replace(decision, saw=dict(zip(decision.saw, saw, strict=True)))
-            if step == rejected:
-                continue  # nothing else was decided on it
             if acts:
-                told = self.tell(step, controller, known)
-                if isinstance(known, Reject):
-                    self.rejection, rejected = told, step
+                known.append((step, controller, replace(decision, saw=dict(zip(decision.saw, saw, strict=True)))))
+        rejected = {step: one for step, *one in reversed(known) if isinstance(one[-1], Reject)}
+        for step, controller, decision in known:
+            if step not in rejected:
+                self.tell(step, controller, decision)
+            elif rejected[step][-1] is decision:  # nothing else was done on it
+                self.rejection = self.tell(step, controller, decision)
         return found
 
     @property

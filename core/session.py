@@ -112,7 +112,7 @@ class Session:
             self._transaction,
             self._readings,
         )
-        self._control.begin(self._layers, [self._names.held_by(one) for one in self._optimizers], self._notes)
+        self._control.begin(self._layers, self._names.held_by, self._notes)
         self._time = OwnTime()
         self._closed = False
         for name, _ in self._monitors:

@@ -119,7 +119,7 @@ class Step:
         update, decay = self.update.tensors[parameter], self.rates[parameter].decay
         if not isinstance(decay, Tensor):
             return update.add(self.before[parameter], alpha=decay) if decay else update
-        return update + decay.to(update) * self.before[parameter]
+        return update + decay.to(update) * self.before[parameter].to(update.dtype)
 
     def tangent(self, max_samples: int | None) -> StepTangent | None:
         """The logit tangent along the update, or None where it cannot be taken (a note says why).

@@ -55,12 +55,12 @@ class StepTransaction:
         """Decide to commit ``factor`` times what is left of the update of all parameters, or of the named ones."""
         for name in self.parameters if names is None else names:
             share = self._shares.get(name, _ALL)
-            self._shares[name] = _Share(factor * share.alpha, factor * share.beta)
+            self._shares[name] = _Share(times(factor, share.alpha), times(factor, share.beta))
 
     def scale_net(self, name: str, factor: float | Tensor, decay: float | Tensor) -> None:
         """The same of one parameter's update net of decoupled decay: ``decay = lr * wd`` in force stays whole."""
         share = self._shares.get(name, _ALL)
-        self._shares[name] = _Share(factor * share.alpha, factor * share.beta + (factor - 1) * decay)
+        self._shares[name] = _Share(times(factor, share.alpha), times(factor, share.beta) + times(factor - 1, decay))
 
     def shrink(self, name: str, decay: float | Tensor) -> None:
         """Decide to shrink one parameter by ``decay`` times ``theta_before`` besides; less than 0 lets it grow."""
@@ -91,10 +91,8 @@ class StepTransaction:
     def _left_of_update(self, name: str) -> Tensor:
         alpha, beta = self._shares.get(name, _ALL)
         before = _wide(self.before[name])
-        update = _times(alpha, _wide(self.parameters[name].detach()) - before)
-        if isinstance(beta, Tensor):
-            return update + _on(before, beta).to(before.dtype) * before
-        return update + beta * before if beta != 0 else update
+        update = _part(alpha, _wide(self.parameters[name].detach()) - before)
+        return update + _part(beta, before) if isinstance(beta, Tensor) or beta != 0 else update
 
     def withhold(self, parameters: Iterable[Tensor]) -> None:
         """Set gradients aside, so that the optimizer skips these parameters: no decay, no state change."""
@@ -124,11 +122,20 @@ def _on(tensor: Tensor, number: float | Tensor) -> Tensor:
     return torch.as_tensor(number).to(tensor.device, non_blocking=True)
 
 
-def _times(factor: float | Tensor, tensor: Tensor) -> Tensor:
-    """The product; 0 where the factor is, also of what is not finite."""
+def _part(factor: float | Tensor, tensor: Tensor) -> Tensor:
+    """A factor of a whole tensor, in its dtype; 0 where the factor is, also of what is not finite."""
     if isinstance(factor, Tensor):
         factor = _on(tensor, factor)
         return torch.where(factor == 0, 0.0, factor.to(tensor.dtype) * tensor)
     if factor == 0:
         return torch.zeros_like(tensor)
     return tensor if factor == 1 else factor * tensor
+
+
+def times(factor: float | Tensor, number: float | Tensor) -> float | Tensor:
+    """The product of two numbers; 0 where the factor is, also of one that is not finite."""
+    if not isinstance(number, Tensor) and number == 0:
+        return 0.0
+    if isinstance(factor, Tensor):
+        return torch.where(factor == 0, 0.0, factor * number)
+    return factor * number if factor else 0.0

@@ -14,9 +14,10 @@ from redline.parameters import MatrixLayer, by_layer, fans
 from redline.readings import is_on_host
 from redline.spectrum_tracker import SpectrumTracker
 from redline.step import Step
+from redline.transaction import times
 
 _UPDATE_SEED, _WEIGHT_SEED = 0xC1A3B, 0xCE111
-TOLERANCE = 1e-3
+TOLERANCE = 1.5e-3
 """Relative error of ``sigma_1`` that is allowed for: estimates are from below."""
 _ASKED = 2e-5  # of the iteration, whose own estimate of what is still to come errs on flat spectra such as Muon's
 
@@ -32,32 +33,33 @@ class UpdateLimits:
         self.limit, self.relative_to = limit, relative_to
         self._updates, self._weights = SpectrumTracker(_UPDATE_SEED), SpectrumTracker(_WEIGHT_SEED)
 
-    def scale(self, step: Step, lengthened: Number = 1.0) -> ScaleMatrices | None:
+    def scale(self, step: Step, factor: Number = 1.0) -> ScaleMatrices | None:
         """Scale each update that is over its limit; None if it is plain that none is.
 
         Args:
             step: whose updates to measure.
-            lengthened: a factor on all updates that is decided already, but not carried out.
+            factor: on all updates and their rates, decided already but not carried out.
         """
         layers = moved(step)
         net = {name: step.net_update(name) for name in dict.fromkeys(layer.parameter for layer in layers)}
         if all(map(is_on_host, net.values())):  # elsewhere to ask would be to wait
-            more = float(lengthened)
-            layers = [layer for layer in layers if not self._is_surely_under(step, layer, net[layer.parameter], more)]
+            layers = [
+                layer for layer in layers if not self._is_surely_under(step, layer, net[layer.parameter], float(factor))
+            ]
         if not layers:
             return None
         sigma = self._updates.measure(layers, net, _ASKED).sigma * (1 + TOLERANCE)
-        sigma = sigma * torch.as_tensor(lengthened).to(sigma, non_blocking=True)
+        sigma = sigma * torch.as_tensor(factor).to(sigma, non_blocking=True)
         if self.relative_to == "fan":
-            rates = {name: step.rates[name].lr for name in net}
+            rates = {name: times(factor, step.rates[name].lr) for name in net}
             limits = self.limit * by_layer(layers, rates, sigma) * fans(layers, sigma)
         else:
             weights = self.weights(step, layers).to(sigma)
             limits = torch.where(weights > 0, self.limit * weights, math.inf)
-        times = sigma / limits
-        over = times > 1  # not where either is NaN: guards see to that
-        factors = torch.where(over, 1 / times, 1.0)
-        worst = torch.where(over, times, 0.0).argmax()
+        excess = sigma / limits
+        over = excess > 1  # not where either is NaN: guards see to that
+        factors = torch.where(over, 1 / excess, 1.0)
+        worst = torch.where(over, excess, 0.0).argmax()
         saw: dict[str, Number] = {"matrices": over.sum(), "worst": worst}
         for name, values in (("sigma", sigma), ("limit", limits), ("scale", factors)):
             saw[name] = values.gather(0, worst.reshape(1))[0]
@@ -71,11 +73,13 @@ class UpdateLimits:
         """``sigma_1`` of the matrices before the step, ``(n,)``."""
         return self._weights.measure(layers, step.before, _ASKED).sigma
 
-    def _is_surely_under(self, step: Step, layer: MatrixLayer, net: Tensor, lengthened: float) -> bool:
+    def _is_surely_under(self, step: Step, layer: MatrixLayer, net: Tensor, factor: float) -> bool:
         """Whether Frobenius norms alone say so: ``sigma_1 <= ||.||_F <= sqrt(min(d_out, d_in)) sigma_1``."""
-        most = float(torch.linalg.vector_norm(layer.of(net))) * lengthened * (1 + TOLERANCE)
+        most = float(torch.linalg.vector_norm(layer.of(net))) * factor * (1 + TOLERANCE)
         if self.relative_to == "fan":
-            return most <= self.limit * float(step.rates[layer.parameter].lr) * (layer.d_out / layer.d_in) ** 0.5
+            return (
+                most <= self.limit * factor * float(step.rates[layer.parameter].lr) * (layer.d_out / layer.d_in) ** 0.5
+            )
         weight = float(torch.linalg.vector_norm(layer.of(step.before[layer.parameter]), dtype=net.dtype))
         return most <= self.limit * weight / min(layer.d_out, layer.d_in) ** 0.5
 

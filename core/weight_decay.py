@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 _STEPS = 4  # momentum tells coupled decay from decoupled only at the second
 _SHAPE = (8, 2)  # not square: rates adjusted to the shape differ from the group's
-_LEARNING_RATE, _WEIGHT_DECAY = 2.0**-4, 2.0**-3
-_TOLERANCE = 1e-10  # in float64; rates that drift from the group's show
+_LEARNING_RATE, _WEIGHT_DECAY = 0.5, 0.5  # large, so that a rate that drifts from the group's shows
+_TOLERANCE = 1e-6  # some compute in float32
 # Settings that ask for another device, a graph or a loss scale.
 _PLAIN = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
 _LOSS_SCALE = ("grad_scale", "found_inf")
@@ -56,9 +56,11 @@ class DecayRules:
         names = {id(parameter): name for name, parameter in parameters.items()}
         found: dict[str, Rates] = {}
         for place, group in enumerate(optimizer.param_groups):
-            lr, weight_decay = _kept(group.get("lr", 0.0)), _kept(group.get("weight_decay", 0.0))
+            lr, weight_decay = _kept(group.get("lr")), _kept(group.get("weight_decay"))
             coupled = None
-            if isinstance(weight_decay, Tensor) or weight_decay:
+            if group.get("lr") is None:
+                coupled = f"{type(optimizer).__name__} has no learning rate in its groups"
+            elif isinstance(weight_decay, Tensor) or weight_decay:
                 if (optimizer, place) not in self._coupled:
                     self._coupled[optimizer, place] = why_coupled(optimizer, group)
                 coupled = self._coupled[optimizer, place]
@@ -70,11 +72,14 @@ class DecayRules:
         """The same for the step about to be made: 0 where none is, without a gradient or after an overflow."""
         skipped = getattr(optimizer, "found_inf", None)  # a GradScaler leaves it to fused optimizers
         rates = self.rates(optimizer, parameters)
+        left: dict[Rates, Rates] = {}  # one a group
         for name, one in rates.items():
             if parameters[name].grad is None:
                 rates[name] = one._replace(lr=0.0)
             elif isinstance(skipped, Tensor):
-                rates[name] = one._replace(lr=_kept(one.lr * (1 - skipped.to(parameters[name].device))))
+                if one not in left:
+                    left[one] = one._replace(lr=_kept(one.lr * (1 - skipped.to(parameters[name].device))))
+                rates[name] = left[one]
         return rates
 
 
@@ -104,14 +109,16 @@ def _differ_by_decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -
 
     decayed, plain = nn.Parameter(drawn()), nn.Parameter(drawn())
     twins = [_scratch(optimizer, group, decayed, _WEIGHT_DECAY), _scratch(optimizer, group, plain, 0.0)]
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # some round at random
+    # Some round at random, and some compile.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.compiler.set_stance("force_eager"):
         for _ in range(_STEPS):
             before, gradient = decayed.detach().clone(), drawn()
             plain.detach().copy_(before)
             decayed.grad, plain.grad = gradient, gradient.clone()
             for twin in twins:
-                step = type(twin).step
-                getattr(step, "__wrapped__", step)(twin)  # torch's wrapper calls the hooks that are on all optimizers
+                step: Any = type(twin).step
+                # torch's wrapper calls the hooks that are on all optimizers.
+                (step.__wrapped__ if getattr(step, "hooked", False) else step)(twin)
             expected = -_LEARNING_RATE * _WEIGHT_DECAY * before
             if not torch.allclose(decayed.detach() - plain.detach(), expected, rtol=0, atol=_TOLERANCE):
                 return False
@@ -143,13 +150,14 @@ def _scratch(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Param
     plain = {key: value for key, value in _PLAIN.items() if key in group}
     twin.defaults = {**twin.defaults, **plain}
     twin.state = defaultdict(dict)
-    scratch_rates = {"params": [parameter], "lr": _LEARNING_RATE, "weight_decay": weight_decay}
+    lr = torch.tensor(_LEARNING_RATE) if isinstance(group.get("lr"), Tensor) else _LEARNING_RATE  # of the same kind
+    scratch_rates = {"params": [parameter], "lr": lr, "weight_decay": weight_decay}
     twin.param_groups = [{**tree_map(copied, settings), **plain, **scratch_rates}]
     return twin
 
 
-def _kept(value: float | Tensor) -> float | Tensor:
-    """A copy of a rate in a tensor, which a schedule may go on to change in place."""
+def _kept(value: float | Tensor | None) -> float | Tensor:
+    """A rate, 0 for none; a copy of one in a tensor, which a schedule may go on to change in place."""
     if not isinstance(value, Tensor):
-        return float(value)
+        return float(value or 0.0)
     return float(value) if value.device.type == "cpu" else value.detach().clone()

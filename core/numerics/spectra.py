@@ -115,7 +115,7 @@ def _top_singular_value(
     a = a.mT if a.shape[0] < a.shape[1] else a
     n = a.shape[1]
     generator = torch.Generator(a.device).manual_seed(seed)
-    start = start if start is not None and start.shape == (n, min(rank, n)) and start.device == a.device else None
+    start = start if start is not None and start.shape == (n, min(rank, n)) else None
     watched = a.device.type == "cpu" if watched is None else watched
     if iterations is None:
         iterations = _MOST_ITERATIONS if watched else _UNWATCHED_ITERATIONS["cold" if start is None else "warm"]
@@ -153,7 +153,7 @@ def _starting_block(a: Tensor, start: Tensor | None, rank: int, generator: torch
     n = a.shape[1]
     columns = min(rank + 1 if start is None else 1, n)
     fresh = torch.randn(n, columns, generator=generator, dtype=a.dtype, device=a.device)
-    block = fresh if start is None else torch.cat([start.to(a.dtype), fresh], dim=1)
+    block = fresh if start is None else torch.cat([start.to(a), fresh], dim=1)
     return torch.linalg.qr(block).Q
 
 

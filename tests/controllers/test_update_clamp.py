@@ -650,18 +650,6 @@ def test_coupled_decay_of_vectors_is_no_matter() -> None:
     assert session.notes == ()
 
 
-def test_coupled_decay_that_sets_in_during_the_run_is_said_too() -> None:
-    """As a schedule of the decay may have it, or a group that is added."""
-    run = Run(lambda model: [torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)])
-    with run.attach(UpdateClamp(1.0, "fan")) as session:
-        run.step(1)
-        assert session.notes == ()
-        run.optimizers[0].param_groups[0]["weight_decay"] = 0.5
-        with pytest.warns(RedlineWarning, match="of SGD is not decoupled"):
-            run.step(2)
-        assert CEILING not in session.latest
-
-
 # The ceiling ------------------------------------------------------------------------------------------------------
 
 
@@ -811,32 +799,22 @@ def test_the_ceiling_holds_where_a_spike_of_the_rate_takes_the_decay_past_zero()
                 assert top(run.parameters[name]) <= ceiling * (1 + 1e-6), (step, name)
 
 
-@pytest.mark.parametrize(
-    ("decays", "smallest"),
-    [
-        ([0.5, 1.0, 2.0], [0.5, 0.5, 0.5]),
-        ([1.0, 0.25, 4.0, 0.5], [1.0, 0.25, 0.25, 0.25]),
-        ([0.5, 0.0, 0.5], [0.5, None, None]),
-        ([0.0, 0.5], [None, None]),
-    ],
-)
-def test_the_ceiling_never_falls_below_one_that_held_before(
-    decays: list[float], smallest: Sequence[float | None]
-) -> None:
-    """What weaker decay let grow, stronger decay has not taken away yet; without decay nothing holds."""
+@pytest.mark.parametrize("decays", [[0.5, 1.0, 2.0], [1.0, 0.25, 4.0, 0.5], [0.5, 0.0, 0.5], [0.0, 0.5]])
+def test_the_ceiling_never_falls_below_one_that_held_before(decays: list[float]) -> None:
+    """What weaker decay let grow, stronger decay has not taken away yet; without decay each step adds its limit."""
     run = Run(adamw)
-    started = {name: top(parameter) for name, parameter in run.parameters.items() if parameter.dim() == 2}
+    expected = {name: top(parameter) for name, parameter in run.parameters.items() if parameter.dim() == 2}
+    lr = run.optimizers[0].param_groups[0]["lr"]
     with run.attach(UpdateClamp(2.0, "fan")) as session:
-        for decay, least in zip(decays, smallest, strict=True):
+        for decay in decays:
             run.optimizers[0].param_groups[0]["weight_decay"] = decay
             for seed in range(3):
                 run.step(seed)
-            expected = {
-                name: max(sigma, 2.0 * fan(run.parameters[name]) / least)
-                for name, sigma in started.items()
-                if least is not None
-            }
-            assert session.latest.layers(CEILING) == pytest.approx(expected, rel=2 * TOLERANCE)
+                for name, ceiling in expected.items():
+                    most = 2.0 * fan(run.parameters[name])
+                    expected[name] = max(ceiling, most / decay) if decay else ceiling + lr * most
+            read = session.latest.layers(CEILING)
+            assert read == pytest.approx(expected if decay else {}, rel=2 * TOLERANCE)
 
 
 class Decaying(redline.Controller):
@@ -1105,9 +1083,9 @@ def test_of_what_a_guard_takes_back_or_withholds_nothing_is_told() -> None:
     ]
 
 
-@pytest.mark.parametrize("entry", [1e6, 1e18, 3e38])
+@pytest.mark.parametrize("entry", [1e6, 1e18])
 def test_an_update_may_be_as_large_as_it_likes(entry: float) -> None:
-    """As long as its entries are finite, the last of which have squares that are not."""
+    """As long as the squares of its entries are finite."""
     run = Run(lambda model: [torch.optim.SGD(model.parameters(), 1.0, weight_decay=0.25)])
     run.give(1, {"2.weight": 0.0})
     run.model.get_parameter("2.weight").grad.fill_(entry)  # type: ignore[union-attr]

@@ -503,7 +503,7 @@ class Feedback:
             self.at = index
             if moves:
                 self.measure(true_sigma(weight) ** 2, lr)
-        in_force = min(self.decay, 0.5 / lr) if lr else self.decay
+        in_force = min(self.decay, 1 / (self.every * lr)) if lr else self.decay
         if moves:
             self.rates.append(lr)
             self.shrunk += lr * in_force

@@ -1135,15 +1135,6 @@ def test_readings_are_asked_for_when_all_have_decided() -> None:
     assert first.in_force["wide.weight"].weight_decay == 0.25
 
 
-def test_readings_are_asked_for_after_the_commit() -> None:
-    """As ``Controller.read_out`` says."""
-    run = Run(over(AdamW))
-    controller = ReadsOut(scaling(FACTORS), decaying(DECAYS))
-    with run.attach(controller):
-        run.step(2)
-    assert_same_bits(controller.weights, run.parameters)
-
-
 # The order of the controllers -------------------------------------------------------------------------------------
 
 

@@ -597,7 +597,8 @@ def test_an_optimizer_without_rates_has_none() -> None:
             super().__init__(params, {})
 
     parameters = named((4, 6))
-    assert DecayRules().rates(Fixed(list(parameters.values())), parameters) == {"a": Rates(0.0, 0.0, None)}
+    rates = DecayRules().rates(Fixed(list(parameters.values())), parameters)
+    assert rates == {"a": Rates(0.0, 0.0, "Fixed has no learning rate in its groups")}
 
 
 def test_rates_in_tensors_are_floats_that_a_schedule_does_not_change() -> None:
