@@ -9,24 +9,26 @@ Under AdamW a matrix's singular values settle in proportion to ``sqrt(lr / wd)``
 ``sqrt(lr / wd) * d^0.75``; with this rule it is the same at every width, and with it each sublayer's gain.
 
 Source: *Robust Layerwise Scaling Rules by Proper Weight Decay Tuning* (arXiv 2510.15262) for the decay; muP (arXiv
-2203.03466, table 8) for the rates. A readout counts as matrix-like here, which muP's table gives the same rate:
-where a model divides its logits by the width itself, name the readout in ``vector_like``.
+2203.03466, table 3) for the rates. A readout counts as matrix-like here, to which that table gives the same rate: where
+a model divides its logits by the width itself, name the readout in ``vector_like``. A readout tied to the embedding is
+one, and needs that division. Attention is left to the model: heads of fixed width, or logits divided by it.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor, nn
 
 from redline import metrics
 from redline.errors import ConfigurationError
 from redline.notes import Notes
+from redline.optimizers import numbered
 from redline.parameters import matrix_layers
 from redline.readings import Snapshot
 from redline.session import Session
@@ -64,13 +66,21 @@ def classify(
     Raises:
         ConfigurationError: a width below 1, a pattern that fits no parameter, a name that both lists claim.
     """
-    if width < 1:
+    if not 1 <= width < math.inf:
         raise ConfigurationError(f"got width={width}; expected the model's width, at least 1.")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if sharded := [name for name, parameter in parameters.items() if hasattr(parameter, "placements")]:
+        raise ConfigurationError(
+            f"got {sharded[0]!r} sharded (DTensor); expected whole parameters: make the groups before sharding."
+        )
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    names = {  # a tied parameter by each of its names
+        name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in first
+    }
     claimed: dict[str, Kind] = {}
     for kind, patterns in (("matrix-like", matrix_like), ("vector-like", vector_like)):
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            fitting = [name for name in parameters if name == pattern or fnmatchcase(name, pattern)]
+            fitting = [own for name, own in names.items() if name == pattern or fnmatchcase(name, pattern)]
             if not fitting:
                 raise ConfigurationError(
                     f"got {pattern!r} as {kind}; expected the name of a trainable parameter, or a pattern that fits "
@@ -79,26 +89,27 @@ def classify(
             for name in fitting:
                 if claimed.setdefault(name, kind) != kind:  # type: ignore[arg-type]
                     raise ConfigurationError(f"got {name!r} as matrix-like and as vector-like; expected one of them.")
-    embedded = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, _EMBEDDINGS)
-        for parameter in module.parameters(recurse=False)
-    }
+
+    def held_by(kinds: tuple[type[nn.Module], ...]) -> set[int]:
+        owners = (module for module in model.modules() if isinstance(module, kinds))
+        return {id(parameter) for module in owners for parameter in module.parameters()}
+
+    embedded, convolving = held_by(_EMBEDDINGS), held_by((nn.modules.conv._ConvNd,))
     fan_in = {layer.parameter: layer.d_in for layer in matrix_layers(model, Notes())}
     found = {}
     for name, parameter in parameters.items():
-        kind, why = _kind(parameter, fan_in.get(name), id(parameter) in embedded, width)
+        is_vector = parameter.dim() == 3 and 1 in parameter.shape and id(parameter) not in convolving
+        kind, why = _kind(None if is_vector else fan_in.get(name), id(parameter) in embedded, width)
         if name in claimed:
             kind, why = claimed[name], "as you said"
         found[name] = ScaledParameter(name, tuple(parameter.shape), kind, why)
     return found
 
 
-def _kind(parameter: Tensor, fan_in: int | None, embedded: bool, width: int) -> tuple[Kind, str]:
+def _kind(fan_in: int | None, embedded: bool, width: int) -> tuple[Kind, str]:
     if embedded:
         return "vector-like", "embedding"
-    if fan_in is None or (parameter.dim() == 3 and 1 in parameter.shape):
+    if fan_in is None:
         return "vector-like", "vector"
     if fan_in < width:
         return "vector-like", f"fan-in {fan_in}, below the width"
@@ -146,29 +157,34 @@ def transfer(
             f"got a {type(model).__name__} as model; expected a torch.nn.Module. Parameter groups of your own go into "
             "groups=."
         )
-    if base_width < 1:
+    if not 1 <= base_width < math.inf:
         raise ConfigurationError(f"got base_width={base_width}; expected the width it was tuned at, at least 1.")
     decided = classify(model, width, matrix_like=matrix_like, vector_like=vector_like)
-    for what, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not 0 <= value < math.inf:
-            raise ConfigurationError(f"got {what}={value}; expected what was tuned at width {base_width}, 0 or more.")
+    _refuse_rates({"lr": lr, "weight_decay": weight_decay}, base_width)
     parameters = dict(model.named_parameters())
     kinds: dict[int, Kind] = {id(parameters[name]): one.kind for name, one in decided.items()}
     scale = width / base_width
     made: list[dict[str, Any]] = []
-    for k, group in enumerate([{"params": [parameters[name] for name in decided]}] if groups is None else groups):
+    given: list[Any] = [{"params": [parameters[name] for name in decided]}] if groups is None else [*groups]
+    if isinstance(groups, Mapping) or not all(isinstance(group, Mapping) and "params" in group for group in given):
+        raise ConfigurationError("got groups that are no parameter groups; expected a list of dicts with 'params'.")
+    for k, group in enumerate(given):
         if _SCALED in group:
             raise ConfigurationError(
                 f"got parameter group {k} ({group.get('name', 'no name')!r}), which is scaled already, by a width "
                 f"{group[_SCALED]:g} times the base; expected groups as they were tuned at width {base_width}."
             )
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        members = [one[1] if isinstance(one, tuple) else one for one in members]  # (name, parameter) pairs
         if strangers := [p for p in members if id(p) not in kinds and p.requires_grad]:
             raise ConfigurationError(
                 f"got parameter group {k} with {len(strangers)} parameters that {type(model).__name__} does not have, "
                 f"the first of shape {tuple(strangers[0].shape)}; expected groups over the model's own."
             )
-        rate, decay = float(group.get("lr", lr)), float(group.get("weight_decay", weight_decay))
+        rate, decay = group.get("lr", lr), group.get("weight_decay", weight_decay)
+        _refuse_rates({"lr": rate, "weight_decay": decay}, base_width, f" in parameter group {k}")
+        # What an optimizer and its schedulers left there: names of other groups, and the rate they start from.
+        others = {key: value for key, value in group.items() if key not in ("param_names", "initial_lr")}
         settings: dict[Kind, tuple[float, float]] = {
             "matrix-like": (rate / scale, decay * math.sqrt(scale)),
             "vector-like": (rate, 0.0),
@@ -176,10 +192,10 @@ def transfer(
         for kind, (rate, decay) in settings.items():
             params = [p for p in members if kinds.get(id(p)) == kind]
             if params:
-                name = f"{group['name']} {kind}" if "name" in group else kind
-                made.append(
-                    {**group, "params": params, "lr": rate, "weight_decay": decay, "name": name, _SCALED: scale}
-                )
+                own = {"params": params, "lr": rate, "weight_decay": decay, _SCALED: scale}
+                made.append({**others, **own, "name": f"{group['name']} {kind}" if "name" in group else kind})
+    for group, name in zip(made, numbered([group["name"] for group in made]), strict=True):
+        group["name"] = name
     if show:
         from redline.scaling_view import print_decisions  # rich is loaded only by who prints
 
@@ -187,6 +203,14 @@ def transfer(
         title = f"From width {base_width} to {width}"
         print_decisions(title, [(one, rates.get(id(parameters[name]))) for name, one in decided.items()])
     return made
+
+
+def _refuse_rates(rates: Mapping[str, Any], base_width: int, where: str = "") -> None:
+    for what, value in rates.items():
+        if not 0 <= float(value) < math.inf:
+            raise ConfigurationError(
+                f"got {what}={float(value)}{where}; expected what was tuned at width {base_width}, 0 or more."
+            )
 
 
 @dataclass(frozen=True)
@@ -207,7 +231,7 @@ class SpectraComparison:
         layers: matrices that both have, the worst match first.
         unmatched: names that only one of them has.
         tolerance: by which a ratio may differ from 1.
-        median_ratio: of the run's to the reference's.
+        median_ratio: of the run's to the reference's; NaN where one is.
         matches: whether every layer is within the tolerance.
     """
 
@@ -239,19 +263,22 @@ def compare_spectra(
     Args:
         reference: the narrow run: a session or snapshot that ``WeightSpectrum`` has measured, or ``{layer: sigma_1}``.
         run: the wide one, likewise, with the same layer names.
-        layers: names or patterns of the matrices to compare; all by default. The rule speaks of matrix-like ones:
-            ``[one.name for one in classify(model, width).values() if one.kind == "matrix-like"]``.
+        layers: names or patterns of the matrices to compare, a stack's name for all of it; all by default. The rule
+            speaks of matrix-like ones that grow in both dimensions, neither embeddings nor the readout:
+            ``[one.name for one in classify(model, width).values() if one.kind == "matrix-like"]``, but the readout.
         tolerance: by which a ratio may differ from 1. The default is Redline's choice.
 
     Raises:
         ConfigurationError: nothing to compare: no spectra were measured, or no layer has a name in both.
     """
+    if not 0 <= tolerance < math.inf:
+        raise ConfigurationError(f"got tolerance={tolerance}; expected a ratio's distance from 1, such as 0.1.")
     first, second = _spectra(reference, "reference"), _spectra(run, "run")
     chosen = [layers] if isinstance(layers, str) else layers
     names = [
         name
         for name in dict.fromkeys([*first, *second])
-        if chosen is None or any(name == one or fnmatchcase(name, one) for one in chosen)
+        if chosen is None or any(one in (name, name.partition("[")[0]) or fnmatchcase(name, one) for one in chosen)
     ]
     ratios = [
         LayerRatio(name, first[name], second[name], second[name] / first[name] if first[name] else math.inf)
@@ -269,7 +296,7 @@ def compare_spectra(
         tuple(ratios),
         tuple(name for name in names if not (name in first and name in second)),
         tolerance,
-        statistics.median(one.ratio for one in ratios),
+        float(np.median([one.ratio for one in ratios])),
         all(abs(one.ratio - 1) <= tolerance for one in ratios),
     )
 

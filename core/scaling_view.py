@@ -48,7 +48,7 @@ def comparison_view(comparison: SpectraComparison) -> Table:
         pad_edge=False,
     )
     for heading in ("layer", "reference", "run", "ratio"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
+        table.add_column(heading, justify="left" if heading == "layer" else "right", overflow="fold")
     for one in comparison.layers:
         style = "green" if abs(one.ratio - 1) <= comparison.tolerance else "yellow"
         table.add_row(Text(one.layer), f"{one.reference:.3g}", f"{one.run:.3g}", f"×{one.ratio:.3g}", style=style)
