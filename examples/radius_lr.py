@@ -1,6 +1,6 @@
 """Training without a learning rate: RadiusLR against a sweep of fixed rates.
 
-    python examples/radius_lr.py            # all of it; about ten minutes on two cores
+    python examples/radius_lr.py            # all of it; about five minutes
     python examples/radius_lr.py --quick    # one seed, two rates, two epochs; a few seconds
 
 A convolutional net and a transformer learn scikit-learn's digits in batches of 128 for 15 epochs, with AdamW and with
@@ -156,7 +156,7 @@ def plot(found: dict[Arm, list[Outcome]], options) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5, help="how many (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=10, help="how many (%(default)s)")
     parser.add_argument("--epochs", type=int, default=15, help="(%(default)s)")
     parser.add_argument("--plot", type=Path, default=Path("radius_lr.png"), help="(%(default)s)")
     parser.add_argument("--quick", action="store_true", help="one seed, two rates, two epochs")

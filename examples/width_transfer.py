@@ -155,6 +155,7 @@ def main() -> None:
     unscaled = mean_loss(train(wide, *carried, seed, options, scaled=False) for seed in range(options.seeds))
     rich.print(f"The same at width {wide} with nothing scaled: {unscaled:.4f}.")
     matrices = [one.name for one in classify(LlamaLM(wide), wide).values() if one.kind == "matrix-like"]
+    matrices.remove("head.weight")  # a readout grows in one dimension only
     rich.print(compare_spectra(*(found[width][carried][0]["spectra"] for width in (narrow, wide)), layers=matrices))
 
 

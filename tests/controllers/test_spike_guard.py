@@ -860,7 +860,7 @@ def test_the_least_limits_are_accepted(argument: dict[str, Any]) -> None:
 def test_every_decision_is_told_in_words_and_numbers_and_counted() -> None:
     guarded = Run(controllers=[redline.SpikeGuard(max_roll_backs=1, every=10)])
     assert guarded.session.latest.series(COUNTER) == {
-        ("SpikeGuard", action): 0.0 for action in ("scale", "withhold", "reject", "rollback", "stop")
+        ("SpikeGuard", action): 0.0 for action in ("scale", "decay", "withhold", "reject", "rollback", "stop")
     }
     for index in range(16):
         guarded.step(shown=1.0 + 0.1 * (-1) ** index)
