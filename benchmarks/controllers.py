@@ -80,7 +80,8 @@ def main() -> None:
         f"AdamW, {options.device}, on every step; {options.repeats} repetitions of {options.steps} interleaved "
         "pairs of steps, nothing trimmed.",
         f"Command: `python benchmarks/controllers.py --repeats {options.repeats} --steps {options.steps} --write`. "
-        "Published, on the whole batch of another model: +129 % by a Jacobian-vector product, +66 % by finite difference.",
+        "Published, on the whole batch of another model: +129 % by a Jacobian-vector product, +66 % by a finite "
+        "difference.",
         "",
         "| controllers | time over plain: median | min – max | plain step |",
         "|---|---|---|---|",

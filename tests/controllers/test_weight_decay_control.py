@@ -755,6 +755,23 @@ def test_r_of_a_step_whose_decay_was_changed_is_not_read_from_the_proposal() -> 
         assert session.latest.value("redline_step_scale") == 1
 
 
+def test_a_layer_that_joins_between_two_measurements_keeps_its_groups_decay_until_the_next() -> None:
+    run = Run(adamw)
+    body = run.model.get_parameter(BODY)
+    body.requires_grad_(False)
+    with run.attach(WeightDecayControl({BODY: 1.2, HEAD: 0.5}, every=5, horizon=10)) as session:
+        for seed in range(12):
+            if seed == 7:
+                body.requires_grad_(True)
+            alone = run.uncontrolled()
+            alone.step(seed)
+            run.step(seed)
+            if seed < 10:
+                assert torch.equal(run.parameters[BODY], alone.parameters[BODY])
+            assert all(parameter.isfinite().all() for parameter in run.parameters.values())
+        assert set(session.latest.layers("redline_weight_decay_in_force")) == {BODY, HEAD}
+
+
 # Steps that not all matrices take ---------------------------------------------------------------------------------
 
 

@@ -496,6 +496,22 @@ def test_scale_of_zero_on_a_device_hides_an_update_that_is_not_finite() -> None:
     assert parameter.tolist() == [1.0] * 3
 
 
+@pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)], ids=["host", "device"])
+@pytest.mark.parametrize("decay", [float("inf"), float("nan")])
+def test_scale_of_zero_takes_back_a_decay_that_is_not_finite(zero: float | Tensor, decay: float) -> None:
+    """As of a rate that is not finite, on whose update a guard then decides."""
+    parameter = torch.tensor([1.0, -2.0])
+    transaction = StepTransaction()
+    transaction.save({"a": parameter})
+    parameter += 1
+    transaction.shrink("a", decay)
+    transaction.scale_net("a", 0.5, decay)
+    transaction.scale(zero)
+    assert torch.equal(transaction.update()["a"], torch.zeros(2))
+    transaction.commit()
+    assert parameter.tolist() == [1.0, -2.0]
+
+
 def test_controllers_are_refused_where_ranks_would_decide_differently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
