@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from machine import describe
+from redline.integrations.demo.machine import describe
 from pairs import Trainer, measure
 
 import redline

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import describe
+from redline.integrations.demo.machine import describe
 from pairs import Trainer, measure
 
 import redline

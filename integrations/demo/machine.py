@@ -1,4 +1,4 @@
-"""What a benchmark ran on, for the head of its results."""
+"""What a measurement ran on, for the head of its results."""
 
 import platform
 from pathlib import Path
