@@ -1,0 +1,126 @@
+"""Sums ``G(t) = sum_k p_k exp(a_k t)`` of many rows, made cheap to evaluate within a given distance of 0.
+
+Tangents ``a`` lie in ``[-1/2, 1/2]``; ``p`` are probabilities, kept as logarithms, since far from 0 classes matter whose
+probability underflows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROUNDING = 1e-11
+"""Relative to ``sum_k |p_k exp(a_k t)|``: what dropping, binning and rounding may come to, with room to spare."""
+
+_DROP = 40.0  # log: classes below e^-40 of the sum wherever it is evaluated are dropped
+_BIN_REACH = 0.25  # the most that (a - the bin's centre) t may come to; ten terms of the series then err by 3e-13
+_TERMS = 10
+_UNBINNED = 96  # classes up to which bins do not pay
+_AT_A_TIME = 1 << 20  # terms evaluated at a time, to bound memory
+
+
+class Evaluation(NamedTuple):
+    """The sums at some points, each over a positive factor of its own.
+
+    Attributes:
+        value: ``G``, complex.
+        slope: ``G'``, complex.
+        size: at least ``S = sum_k |p_k exp(a_k t)|``.
+        mean: ``mu``, of the tangents under the weights ``|p_k exp(a_k t)|``.
+        spread: at least ``S V``, ``V`` their variance.
+    """
+
+    value: Tensor
+    slope: Tensor
+    size: Tensor
+    mean: Tensor
+    spread: Tensor
+
+
+class ExponentialSums:
+    """The sums of n rows, good for ``|t| <= reach``.
+
+    Classes that matter nowhere within reach are dropped. Of many classes those whose tangents lie close together enter
+    as one bin with the moments of ``a`` about its centre: a class costs once, not at each evaluation.
+    """
+
+    def __init__(self, log_p: Tensor, a: Tensor, reach: float) -> None:
+        """``log_p``, ``a``: ``(n, classes)``, float64."""
+        self.reach = reach
+        self._half_width = 0.0
+        self._moments: Tensor | None = None
+        top, where = log_p.max(dim=1, keepdim=True)
+        matters = log_p - top + (a - a.gather(1, where)).abs() * reach  # at most log of the share of the sum
+        kept = int((matters > -_DROP).sum(dim=1).max())
+        if kept < a.shape[1]:
+            index = matters.topk(kept, dim=1).indices
+            log_p, a = log_p.gather(1, index), a.gather(1, index)
+        bins = int(reach / (2 * _BIN_REACH)) + 1
+        if kept > max(_UNBINNED, _TERMS * bins):
+            log_p, a, self._moments = _binned(log_p, a, bins)
+            self._half_width = 0.5 / bins
+        self._log_weight, self._centre = log_p, a
+
+    def __call__(self, row: Tensor, t: Tensor) -> Evaluation:
+        """Evaluate rows ``row``, ``(points,)``, at ``t``, ``(points,)`` complex."""
+        step = max(_AT_A_TIME // self._centre.shape[1], 1)
+        parts = [self._evaluate(*part) for part in zip(row.split(step), t.split(step), strict=True)]
+        return Evaluation(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def certified_radius(self) -> Tensor:
+        """Radius within which there is no zero, ``(n,)``, at most ``reach``; often above the bound ``pi``.
+
+        With ``b_k = |a_k - E_p[a]|`` there is none within R while ``sum_k p_k (exp(b_k R) - 1 - b_k R) < 1``, which is
+        at most ``|exp(-E_p[a] t) G(t) - 1|``.
+        """
+        p = self._log_weight.exp()
+        mean = (p * self._centre).sum(1, keepdim=True) / p.sum(1, keepdim=True)
+        b = (self._centre - mean).abs() + 2 * self._half_width
+        low, high = torch.zeros_like(mean), torch.full_like(mean, self.reach)
+        for _ in range(40):
+            middle = (low + high) / 2
+            far = ((self._log_weight + b * middle).exp() - p * (1 + b * middle)).sum(1, keepdim=True) < 1 - 1e-9
+            low, high = torch.where(far, middle, low), torch.where(far, high, middle)
+        return low.squeeze(1)
+
+    def _evaluate(self, row: Tensor, t: Tensor) -> Evaluation:
+        log_weight, a, t = self._log_weight[row], self._centre[row], t[:, None]
+        exponent = log_weight + a * t.real
+        weight = (exponent - exponent.amax(1, keepdim=True)).exp()
+        term = torch.polar(weight, a * t.imag)
+        if self._moments is None:
+            value, slope, slack = term.sum(1), (a * term).sum(1), 1.0
+        else:
+            # Horner, for P(t) = sum_j m_j t^j / j! and its derivative.
+            moments = self._moments[row]
+            series, derivative = torch.zeros_like(term), torch.zeros_like(term)
+            for j in range(_TERMS - 1, -1, -1):
+                derivative = series + derivative * t
+                series = moments[..., j] + series * t
+            value, slope = (term * series).sum(1), (term * (a * series + derivative)).sum(1)
+            slack = 1.3  # above e^_BIN_REACH
+        total = weight.sum(1)
+        mean = (weight * a).sum(1) / total
+        spread = (weight * ((a - mean[:, None]).abs() + self._half_width).square()).sum(1)
+        return Evaluation(value, slope, slack * total, mean, slack * spread)
+
+
+def _binned(log_p: Tensor, a: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logarithms of the bins' weights and their centres, ``(n, bins)``, and moments over j!, ``(n, bins, terms)``."""
+    n = len(a)
+    index = ((a + 0.5) * bins).long().clamp(0, bins - 1)
+    centre = (torch.arange(bins, dtype=a.dtype, device=a.device) + 0.5) / bins - 0.5
+    highest = torch.full((n, bins), -torch.inf, dtype=a.dtype, device=a.device)
+    highest = highest.scatter_reduce(1, index, log_p, "amax")
+    floor = torch.where(highest.isfinite(), highest, 0.0)  # an empty bin has a weight of 0
+    weight = (log_p - floor.gather(1, index)).exp()
+    offset = a - centre[index]
+    moments = []
+    for j in range(_TERMS):
+        moments.append(torch.zeros_like(highest).scatter_add(1, index, weight))
+        weight = weight * offset / (j + 1)
+    total = moments[0]
+    per_weight = torch.stack(moments, dim=2) / total.clamp(min=torch.finfo(a.dtype).tiny)[..., None]
+    return highest + total.log(), centre.expand(n, bins), per_weight
