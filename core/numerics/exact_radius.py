@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from redline.numerics.exponential_sums import ExponentialSums
+from redline.numerics.radii import ghost_radius
 from redline.numerics.zeros import count_zeros, find_zeros
 
 _TOLERANCE = 1e-6  # relative, of an interval that counts as closed
 _GROWTH = 1.5  # from ring to ring while no zero is in sight
+_NEAR = 4.0  # from the certified radius a zero is at once taken for the nearest
 _REACH = 16.0  # of the first sums, in units of 1 / spread: most nearest zeros lie within it
 _FARTHEST = 2e4  # in these units; farther out an interval stays open above
 _ROUNDS = 64  # of rings, until an interval is left as wide as it is
+_CLEAR = 0.999  # below it a score clears a position, rounding in float32 allowed for
 _AT_A_TIME = 1 << 22  # logits worked on at a time, to bound memory
 
 
@@ -61,17 +64,94 @@ def exact_ghost_radius(logits: Tensor, tangent: Tensor) -> Tensor:
 def ghost_radius_interval(logits: Tensor, tangent: Tensor) -> RadiusInterval:
     """Certified interval of each exact ghost radius, ``(...)``; arguments as of ``exact_ghost_radius``."""
     shape = torch.broadcast_shapes(logits.shape, tangent.shape)
-    z, a = (one.expand(shape).reshape(-1, shape[-1]) for one in (logits, tangent))
-    step = max(_AT_A_TIME // shape[-1], 1)
+    z, a = _as_rows(logits, tangent)
+    step = max(_AT_A_TIME // z.shape[1], 1)
     parts = [_intervals(*part) for part in zip(z.split(step), a.split(step), strict=True)]
     return RadiusInterval(*(torch.cat(column).reshape(shape[:-1]) for column in zip(*parts, strict=True)))
 
 
-def _intervals(z: Tensor, a: Tensor) -> RadiusInterval:
-    """Rows ``(n, classes)``."""
+class LeastRadius(NamedTuple):
+    """The least exact ghost radius of many positions.
+
+    Attributes:
+        lower: 0-d, float64, certified: no position has a zero nearer; NaN where an entry of one was.
+        upper: 0-d, float64: equal to ``lower`` to 1e-6, unless the budget was spent or nothing lies ``within``: then
+            infinite.
+        radii: ``(...)``, float64: of the positions that had to be searched for it, NaN elsewhere.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    radii: Tensor
+
+
+def least_ghost_radius(
+    logits: Tensor, tangent: Tensor, mask: Tensor | None = None, *, within: float = math.inf, budget: int = 1024
+) -> LeastRadius:
+    """Least exact ghost radius over all positions, for the price of a few.
+
+    Those of the least bounds are searched first. Any other whose bound is above the best so far is out, and so is one
+    without a zero within it by a test that costs a pass over its logits (``ExponentialSums.certified_radius``); what is
+    left is searched, the likeliest first, no farther than the best so far. Waits for the device.
+
+    Args:
+        logits: ``(..., classes)``, floating.
+        tangent: ``(..., classes)``, floating.
+        mask: ``(...)``, bool, positions that count; None for all.
+        within: radii beyond it need not be told apart.
+        budget: the most positions to search. Past it the interval reaches down to the least bound of the others.
+    """
+    shape = tangent.shape[:-1]
+    z, a = _as_rows(logits, tangent)
+    bound = ghost_radius(a)
+    if mask is not None:
+        bound = torch.where(mask.reshape(-1), bound, math.inf)
+    if bool(bound.isnan().any()):
+        return LeastRadius(*(bound.new_full((), math.nan, dtype=torch.float64),) * 2, torch.full(shape, math.nan))
+    radii = torch.full_like(bound, math.nan, dtype=torch.float64)
+    least, lower, size = within, within, 1
+    rows = bound.argsort() if within == math.inf else (bound < within).nonzero().squeeze(1)
+    searched = 0
+    while len(rows) and searched < budget:
+        if least < math.inf:
+            score = _score(z, a, rows, least)
+            rows = rows[score.argsort(descending=True)][: int((score >= _CLEAR).sum())]
+        now, rows = rows[:size], rows[size:]
+        if len(now):
+            # A little farther, so that what is cleared is clear of the least itself.
+            intervals = _intervals(z[now], a[now], least * (1 + 2 * _TOLERANCE))
+            radii[now] = torch.where(intervals.upper < math.inf, intervals.upper, math.nan)
+            lower, least = min(lower, float(intervals.lower.min())), min(least, float(intervals.upper.min()))
+            searched, size = searched + len(now), 8 * size
+        rows = rows[bound[rows] < least]
+    if len(rows):
+        lower = min(lower, float(bound[rows].min()))
+    ends = (lower, least if least < within else math.inf)
+    return LeastRadius(*(torch.tensor(end, dtype=torch.float64, device=a.device) for end in ends), radii.reshape(shape))
+
+
+def _as_rows(logits: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as ``(n, classes)``, with two classes at least."""
+    shape = torch.broadcast_shapes(logits.shape, tangent.shape)
+    rows = (one.expand(shape).reshape(-1, shape[-1]) for one in (logits, tangent))
+    z, a = ((torch.cat([one, torch.zeros_like(one)], dim=1) if shape[-1] == 1 else one) for one in rows)
+    return z, a
+
+
+def _score(z: Tensor, a: Tensor, rows: Tensor, radius: float) -> Tensor:
+    """Below 1 where there is no zero within ``radius``: see ``ExponentialSums.certified_radius``; in z's own dtype."""
+    scores = []
+    for part in rows.split(max(_AT_A_TIME // (4 * a.shape[1]), 1)):
+        log_p, tangent = z[part].log_softmax(1), a[part]
+        p = log_p.exp()
+        reach = (tangent - (p * tangent).sum(1, keepdim=True)).abs_().mul_(radius)
+        scores.append((log_p.add_(reach).exp_() - p * reach.add_(1)).sum(1))
+    return torch.cat(scores).nan_to_num(math.inf)
+
+
+def _intervals(z: Tensor, a: Tensor, limit: float = math.inf) -> RadiusInterval:
+    """Rows ``(n, classes)``, searched no farther than ``limit``."""
     z, a = z.double(), a.double()
-    if z.shape[1] == 1:
-        z, a = (torch.cat([one, torch.zeros_like(one)], dim=1) for one in (z, a))
     there = z != -math.inf
     top, bottom = torch.where(there, a, -math.inf).amax(1), torch.where(there, a, math.inf).amin(1)
     spread, middle = top - bottom, (top + bottom) / 2
@@ -82,7 +162,7 @@ def _intervals(z: Tensor, a: Tensor) -> RadiusInterval:
     rows = ((spread > 0) & (spread < math.inf) & (z < math.inf).all(1)).nonzero().squeeze(1)
     if len(rows):
         scaled = torch.where(there, (a - middle[:, None]) / spread[:, None], 0.0)[rows]
-        found = _search(z[rows].log_softmax(1), scaled, torch.full_like(spread[rows], math.inf))
+        found = _search(z[rows].log_softmax(1), scaled, limit * spread[rows])
         lower[rows], upper[rows] = (one / spread[rows] for one in found)
     return RadiusInterval(lower, upper)
 
@@ -93,7 +173,7 @@ def _search(log_p: Tensor, a: Tensor, limit: Tensor) -> RadiusInterval:
     zero = limit.clone()  # modulus of the nearest zero found; where none is, the limit stands for it
     ceiling = torch.full_like(limit, math.inf)  # a circle within which zeros were counted
     slack = torch.full_like(limit, _TOLERANCE / 2)
-    reach = float(limit.max()) * (1 + _TOLERANCE) if bool((limit < math.inf).all()) else _REACH
+    reach = min(float(limit.max()), _REACH)
     rows = torch.arange(len(a), device=a.device)
     while len(rows) and reach <= _FARTHEST:
         sums = ExponentialSums(log_p[rows], a[rows], reach)
@@ -101,9 +181,9 @@ def _search(log_p: Tensor, a: Tensor, limit: Tensor) -> RadiusInterval:
         place = torch.arange(len(rows), device=a.device)  # in ``rows``, of those still searched
         for _ in range(_ROUNDS):
             row = rows[place]
-            known = (zero[row] <= ceiling[row]) & (zero[row] < math.inf)
+            known = (zero[row] <= ceiling[row]) & (zero[row] <= _NEAR * lower[row])
             radius = torch.where(ceiling[row] < math.inf, (lower[row] * ceiling[row]).sqrt(), lower[row] * _GROWTH)
-            radius = torch.where(known, zero[row] * (1 - slack[row]), radius)
+            radius = torch.where(known, zero[row], radius) * (1 - slack[row])
             going = _is_open(lower[row], zero[row], ceiling[row], slack[row]) & (radius < reach)
             if not bool(going.any()):
                 break
@@ -112,14 +192,17 @@ def _search(log_p: Tensor, a: Tensor, limit: Tensor) -> RadiusInterval:
             empty, full = ring.decided & (ring.zeros == 0), ring.decided & (ring.zeros > 0)
             lower[row[empty]] = torch.maximum(lower[row[empty]], radius[empty])
             ceiling[row[full]] = torch.minimum(ceiling[row[full]], radius[full])
-            slack[row[known & ~ring.decided]] *= 10  # zeros of higher multiplicity: a circle so near cannot be judged
+            # A circle too near a zero cannot be judged, least where its multiplicity is higher: the next is smaller.
+            slack[row[~ring.decided]] *= 10
+            slack[row[ring.decided & ~known]] = _TOLERANCE / 2
             of, points = ring.starts
             found = find_zeros(sums, place[of], points).abs()
             genuine = found >= lower[row[of]] * (1 - _TOLERANCE)
             zero.scatter_reduce_(0, row[of][genuine], found[genuine], "amin")
         rows = rows[_is_open(lower[rows], zero[rows], ceiling[rows], slack[rows])]
         reach *= 4
-    return RadiusInterval(lower, torch.minimum(zero, ceiling))
+    high = torch.minimum(zero, ceiling)
+    return RadiusInterval(lower, torch.where(high < limit, high, math.inf))
 
 
 def _is_open(lower: Tensor, zero: Tensor, ceiling: Tensor, slack: Tensor) -> Tensor:

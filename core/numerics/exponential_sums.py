@@ -15,9 +15,8 @@ ROUNDING = 1e-11
 """Relative to ``sum_k |p_k exp(a_k t)|``: what dropping, binning and rounding may come to, with room to spare."""
 
 _DROP = 40.0  # log: classes below e^-40 of the sum wherever it is evaluated are dropped
-_BIN_REACH = 0.25  # the most that (a - the bin's centre) t may come to; ten terms of the series then err by 3e-13
-_TERMS = 10
-_UNBINNED = 96  # classes up to which bins do not pay
+_BIN_REACH = 1.0  # the most that (a - the bin's centre) t may come to; 16 terms of the series then err by 5e-14
+_TERMS = 16
 _AT_A_TIME = 1 << 20  # terms evaluated at a time, to bound memory
 
 
@@ -27,16 +26,16 @@ class Evaluation(NamedTuple):
     Attributes:
         value: ``G``, complex.
         slope: ``G'``, complex.
-        size: at least ``S = sum_k |p_k exp(a_k t)|``.
+        size: ``S = sum_k |p_k exp(a_k t)|``.
         mean: ``mu``, of the tangents under the weights ``|p_k exp(a_k t)|``.
-        spread: at least ``S V``, ``V`` their variance.
+        variance: ``V``, theirs.
     """
 
     value: Tensor
     slope: Tensor
     size: Tensor
     mean: Tensor
-    spread: Tensor
+    variance: Tensor
 
 
 class ExponentialSums:
@@ -58,7 +57,7 @@ class ExponentialSums:
             index = matters.topk(kept, dim=1).indices
             log_p, a = log_p.gather(1, index), a.gather(1, index)
         bins = int(reach / (2 * _BIN_REACH)) + 1
-        if kept > max(_UNBINNED, _TERMS * bins):
+        if kept > _TERMS * bins:
             log_p, a, self._moments = _binned(log_p, a, bins)
             self._half_width = 0.5 / bins
         self._log_weight, self._centre = log_p, a
@@ -86,25 +85,34 @@ class ExponentialSums:
         return low.squeeze(1)
 
     def _evaluate(self, row: Tensor, t: Tensor) -> Evaluation:
-        log_weight, a, t = self._log_weight[row], self._centre[row], t[:, None]
-        exponent = log_weight + a * t.real
+        log_weight, a, x = self._log_weight[row], self._centre[row], t.real[:, None]
+        exponent = log_weight + a * x
         weight = (exponent - exponent.amax(1, keepdim=True)).exp()
-        term = torch.polar(weight, a * t.imag)
+        term = torch.polar(weight, a * t.imag[:, None])
         if self._moments is None:
-            value, slope, slack = term.sum(1), (a * term).sum(1), 1.0
+            value, slope = term.sum(1), (a * term).sum(1)
+            size, first, second = ((weight * a**j).sum(1) for j in range(3))
         else:
-            # Horner, for P(t) = sum_j m_j t^j / j! and its derivative.
-            moments = self._moments[row]
-            series, derivative = torch.zeros_like(term), torch.zeros_like(term)
-            for j in range(_TERMS - 1, -1, -1):
-                derivative = series + derivative * t
-                series = moments[..., j] + series * t
-            value, slope = (term * series).sum(1), (term * (a * series + derivative)).sum(1)
-            slack = 1.3  # above e^_BIN_REACH
-        total = weight.sum(1)
-        mean = (weight * a).sum(1) / total
-        spread = (weight * ((a - mean[:, None]).abs() + self._half_width).square()).sum(1)
-        return Evaluation(value, slope, slack * total, mean, slack * spread)
+            # Of each bin: P(t) = sum_j m_j t^j / j! and P'(t), as pairs of real numbers; P, P' and P'' at Re t.
+            powers = torch.cat([torch.view_as_real(_powers(t, 2)).flatten(2), _powers(t.real, 3)], dim=2)
+            at = self._moments[row] @ powers
+            p, dp = torch.view_as_complex(at[..., 0:2].contiguous()), torch.view_as_complex(at[..., 2:4].contiguous())
+            value, slope = (term * p).sum(1), (term * (a * p + dp)).sum(1)
+            q, dq, ddq = at[..., 4:].unbind(2)
+            size, first = (weight * q).sum(1), (weight * (a * q + dq)).sum(1)
+            second = (weight * (a * a * q + 2 * a * dq + ddq)).sum(1)
+        mean = first / size
+        return Evaluation(value, slope, size, mean, (second / size - mean**2).clamp(min=1e-9))
+
+
+def _powers(t: Tensor, derivatives: int) -> Tensor:
+    """``t^j`` for the terms ``j`` and its derivatives, ``(points, terms, derivatives)``; the first is ``t^j`` itself."""
+    one = torch.ones_like(t)[:, None]
+    columns = [torch.cat([one, t[:, None].expand(-1, _TERMS - 1)], dim=1).cumprod(1)]
+    j = torch.arange(1, _TERMS, device=t.device)
+    for _ in range(derivatives - 1):
+        columns.append(torch.cat([0 * one, j * columns[-1][:, :-1]], dim=1))
+    return torch.stack(columns, dim=2)
 
 
 def _binned(log_p: Tensor, a: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:

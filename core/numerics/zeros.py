@@ -11,7 +11,7 @@ from torch import Tensor
 from redline.numerics.exponential_sums import ROUNDING, ExponentialSums
 
 _DEPTH = 40  # the most halvings of an arc
-_STEPS = 40  # of Newton's iteration
+_STEPS = 30  # of Newton's iteration
 _STARTS = 4  # of it, a row
 _CONVERGED = 1e-7  # relative length of the last step: zeros of higher multiplicity are found to no more
 
@@ -48,14 +48,14 @@ def count_zeros(sums: ExponentialSums, rows: Tensor, radius: Tensor) -> Ring:
     turned = torch.zeros(n, dtype=torch.float64, device=rows.device)
     decided = torch.ones(n, dtype=torch.bool, device=rows.device)
     near: list[tuple[Tensor, Tensor, Tensor]] = []
-    at_begin = sums(rows[of], torch.polar(radius[of], begin)).value
-    at_end = sums(rows[of], torch.polar(radius[of], end)).value
+    ends = torch.polar(radius[of].repeat(2), torch.cat([begin, end]))
+    at_begin, at_end = sums(rows[of].repeat(2), ends).value.chunk(2)
     for depth in range(_DEPTH):
         middle, half = (begin + end) / 2, radius[of] * (end - begin) / 2
         m = torch.polar(radius[of], middle)
         at = sums(rows[of], m)
         d = 0.5 + at.mean.abs()
-        curved = at.spread * (torch.expm1(d * half) - d * half) / d**2
+        curved = at.size * at.variance * (torch.expm1(d * half) - d * half) / d**2
         inside = at.value.abs() - (at.slope - at.mean * at.value).abs() * half > curved + ROUNDING * at.size
         for sign, theta, value in ((-1.0, begin, at_begin), (1.0, end, at_end)):
             turn = -at.mean * (torch.polar(radius[of], theta) - m).imag
@@ -92,6 +92,8 @@ def find_zeros(sums: ExponentialSums, rows: Tensor, start: Tensor) -> Tensor:
         step = at.value / at.slope
         step = step * (1.0 / step.abs()).clamp(max=1.0)  # zeros lie some 2 pi apart: never farther than 1
         t = t - step
+        if bool((step.abs() < _CONVERGED**2 * t.abs()).all()):
+            break
     t = torch.complex(t.real, t.imag.abs())
     found = (step.abs() < _CONVERGED * t.abs()) & (t.abs() < sums.reach)
     return torch.where(found, t, math.nan)

@@ -1,0 +1,69 @@
+"""How near each sample of a batch came to the redline: which data is behind a fragile step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SampleMargin(NamedTuple):
+    """One sample of the batch.
+
+    Attributes:
+        sample: its place in the batch; None for one that was remembered from an earlier batch.
+        r: the step over its own radius, by the bound; ``1 / r`` is how many times longer the step could have been.
+        exact_r: the same by the exact radius, or None where that was not needed to find the least.
+    """
+
+    sample: int | None
+    r: float
+    exact_r: float | None
+
+
+@dataclass(frozen=True)
+class StepMargins:
+    """The normalized step size of each sample that a step was measured on.
+
+    Attributes:
+        step: which step.
+        samples: ``(n,)``, int64, places in the batch, -1 for remembered samples.
+        r: ``(n,)``, by the bound, the largest of the sample's positions that count.
+        exact_r: ``(n,)``, by the exact radius, NaN where that was not needed; None where it was not asked for.
+    """
+
+    step: int
+    samples: Tensor
+    r: Tensor
+    exact_r: Tensor | None
+
+    def most_fragile(self, count: int = 5) -> list[SampleMargin]:
+        """The samples that bind, most fragile first: by the exact radius where it is known, else by the bound."""
+        exact = torch.full_like(self.r, math.nan) if self.exact_r is None else self.exact_r.to(self.r.dtype)
+        known = ~exact.isnan()
+        # Samples whose exact radius was not needed are known to bind less than those where it was.
+        order = torch.where(known, exact, self.r - math.inf if False else self.r)
+        rank = torch.argsort(torch.where(known, order + 1e30, order), descending=True)[:count]
+        rows = torch.stack([self.samples.double(), self.r.double(), exact.double()])[:, rank].cpu().T.tolist()
+        return [
+            SampleMargin(None if sample < 0 else int(sample), r, None if math.isnan(exact_r) else exact_r)
+            for sample, r, exact_r in rows
+        ]
+
+
+def by_sample(values: Tensor, samples: int, batch_dim: int) -> Tensor | None:
+    """The largest value of each sample, ``(samples,)``, of values by position, or None where these cannot be told.
+
+    Args:
+        values: ``(...)``, one a position: with the batch at ``batch_dim``, or flattened with the batch first.
+        samples: in the batch.
+        batch_dim: of the inputs.
+    """
+    if values.dim() > batch_dim and values.shape[batch_dim] == samples:
+        return values.movedim(batch_dim, 0).reshape(samples, -1).amax(1)
+    if batch_dim == 0 and values.dim() and values.shape[0] % samples == 0:
+        return values.reshape(samples, -1).amax(1)
+    return None
