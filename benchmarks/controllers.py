@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from redline.integrations.demo.machine import describe
 from pairs import Trainer, measure
 
 import redline
+from redline.integrations.demo.machine import describe
 from redline.integrations.demo.models import ByteLM
 from redline.numerics.tangents import FINITE_DIFFERENCE
 

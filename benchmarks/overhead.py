@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from redline.integrations.demo.machine import describe
 from pairs import Trainer, measure
 
 import redline
 from redline.integrations.demo.data import byte_batch, library_bytes
+from redline.integrations.demo.machine import describe
 from redline.integrations.demo.models import ByteLM
 
 RESULTS = Path(__file__).parent / "results"

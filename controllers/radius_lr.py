@@ -46,6 +46,7 @@ class RadiusLR(RadiusController):
         max_growth: float | None = 1.02,
         reduction: Literal["max"] | float = "max",
         max_samples: int | None = 32,
+        remember: int = 4,
     ) -> None:
         """Set the length.
 
@@ -58,6 +59,7 @@ class RadiusLR(RadiusController):
             reduction: "max" over the samples, as in the paper, or a quantile in (0, 1] of them.
             max_samples: the most samples of the batch to measure on; None for all. A maximum over fewer is an estimate
                 from below, so that steps come out longer. The default is Redline's choice.
+            remember: samples that bound lately are measured with each sub-sample, so many at most.
 
         Raises:
             ConfigurationError: a length or a limit that is not positive, a growth of 1 or less, a quantile outside
@@ -71,7 +73,7 @@ class RadiusLR(RadiusController):
             )
         if max_growth is not None and not 1 < max_growth < math.inf:
             raise ConfigurationError(f"got max_growth={max_growth}; expected more than 1, such as 1.02, or None.")
-        super().__init__(reduction, max_samples)
+        super().__init__(reduction, max_samples, remember)
         self.r, self.max_update_to_weight, self.max_growth = r, max_update_to_weight, max_growth
         self._forget()
 

@@ -42,16 +42,18 @@ class StepMargins:
 
     def most_fragile(self, count: int = 5) -> list[SampleMargin]:
         """The samples that bind, most fragile first: by the exact radius where it is known, else by the bound."""
-        exact = torch.full_like(self.r, math.nan) if self.exact_r is None else self.exact_r.to(self.r.dtype)
-        known = ~exact.isnan()
-        # Samples whose exact radius was not needed are known to bind less than those where it was.
-        order = torch.where(known, exact, self.r - math.inf if False else self.r)
-        rank = torch.argsort(torch.where(known, order + 1e30, order), descending=True)[:count]
-        rows = torch.stack([self.samples.double(), self.r.double(), exact.double()])[:, rank].cpu().T.tolist()
-        return [
+        columns = [self.samples, self.r, torch.full_like(self.r, math.nan) if self.exact_r is None else self.exact_r]
+        rows = torch.stack([column.double() for column in columns], dim=1).tolist()
+        margins = [
             SampleMargin(None if sample < 0 else int(sample), r, None if math.isnan(exact_r) else exact_r)
             for sample, r, exact_r in rows
         ]
+        return sorted(margins, key=_fragility, reverse=True)[:count]
+
+
+def _fragility(one: SampleMargin) -> tuple[bool, float]:
+    """Where the exact radius was not needed, it was known to be larger than the least."""
+    return one.exact_r is not None, one.r if one.exact_r is None else one.exact_r
 
 
 def by_sample(values: Tensor, samples: int, batch_dim: int) -> Tensor | None:

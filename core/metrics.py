@@ -86,6 +86,13 @@ GHOST_RADIUS = _define(
 NORMALIZED_STEP_SIZE = _define(
     "normalized_step_size", "gauge", "1", "r = tau / rho_a of the proposed step; 1 is the redline.", tracked=True
 )
+EXACT_GHOST_RADIUS = _define(
+    "exact_ghost_radius", "gauge", "1", "Taylor convergence radius along the proposed step itself, rho*, as a length."
+)
+EXACT_STEP_SIZE = _define("exact_step_size", "gauge", "1", "tau / rho* of the proposed step, at most r.")
+EXACT_TO_BOUND_RATIO = _define(
+    "exact_to_bound_ratio", "gauge", "1", "rho* / rho_a: how many times the bound the radius is.", tracked=True
+)
 COMMITTED_STEP_SIZE = _define("committed_step_size", "gauge", "1", "r of the step as it was committed.")
 STEP_SCALE = _define("step_scale", "gauge", "1", "Factor that the controllers put on the whole step; 1 is untouched.")
 TANGENT_SAMPLES = _define("tangent_samples", "gauge", "1", "Samples of the batch over which r is the maximum.")

@@ -13,6 +13,7 @@ from redline.errors import ConfigurationError
 from redline.monitor import Need
 from redline.numerics.radii import normalized_step_size
 from redline.step import Step
+from redline.tangent_probe import StepTangent
 
 
 class RadiusController(Controller):
@@ -29,7 +30,7 @@ class RadiusController(Controller):
 
     needs: ClassVar[Need] = Need.TANGENT
 
-    def __init__(self, reduction: Literal["max"] | float, max_samples: int | None) -> None:
+    def __init__(self, reduction: Literal["max"] | float, max_samples: int | None, remember: int) -> None:
         if reduction != "max" and not (isinstance(reduction, (int, float)) and 0 < reduction <= 1):
             raise ConfigurationError(
                 f"got reduction={reduction!r}; expected 'max' or a quantile in (0, 1], such as 0.99."
@@ -38,13 +39,19 @@ class RadiusController(Controller):
             raise ConfigurationError(
                 f"got max_samples={max_samples}; expected at least 1, or None for the whole batch."
             )
-        self.max_samples = max_samples
+        if remember < 0:
+            raise ConfigurationError(f"got remember={remember}; expected a number of samples, or 0 for none.")
+        self.max_samples, self.remember = max_samples, remember
         self._quantile = 1.0 if reduction == "max" else float(reduction)
         self._has_measured = False
 
     @abstractmethod
     def scale(self, r: Tensor, step: Step) -> Scale:
         """What to do with a step of ``r``, 0-d on the device."""
+
+    def size(self, tangent: StepTangent, counts: Tensor) -> Tensor:
+        """``r`` over the positions ``counts``, 0-d."""
+        return normalized_step_size(tangent.tangent, counts, self._quantile)
 
     def begin(self, run: RunOutline) -> None:
         """The first step has to be measurable."""
@@ -53,7 +60,7 @@ class RadiusController(Controller):
     def inspect(self, step: Step) -> Iterable[AfterUpdate]:
         """Measure the step, and scale it."""
         tau = step.update.norm
-        tangent = step.tangent(self.max_samples)
+        tangent = step.tangent(self.max_samples, self.remember)
         if tangent is None:
             if not self._has_measured:
                 raise ConfigurationError(
@@ -64,7 +71,7 @@ class RadiusController(Controller):
             return []
         self._has_measured = True
         told = ~tangent.tangent.isnan().any(-1)
-        r = normalized_step_size(tangent.tangent, told if tangent.mask is None else told & tangent.mask, self._quantile)
+        r = self.size(tangent, told if tangent.mask is None else told & tangent.mask)
         return [
             Reject("the update was not finite (norm {update_norm:.3g}).", {"update_norm": tau}, ~tau.isfinite()),
             self.scale(r, step),

@@ -23,7 +23,9 @@ class SampleMemory:
     def __init__(self) -> None:
         self._samples: dict[int, Tensor] = {}  # by the tensor's place among the inputs, (samples kept, ...)
 
-    def join(self, call: CapturedCall, index: Tensor, batch: int, batch_dim: int, most: int) -> tuple[CapturedCall, int]:
+    def join(
+        self, call: CapturedCall, index: Tensor, batch: int, batch_dim: int, most: int
+    ) -> tuple[CapturedCall, int]:
         """The call on ``index``, ``(n,)``, of its samples, and behind them at most ``most`` that were kept.
 
         Returns:
@@ -36,8 +38,10 @@ class SampleMemory:
             if isinstance(leaf, Tensor) and leaf.dim() > batch_dim and leaf.shape[batch_dim] == batch
         }
         joined = 0
-        if most and self._samples.keys() == cut.keys() and all(
-            _fits(self._samples[place], leaf, batch_dim) for place, leaf in cut.items()
+        if (
+            most
+            and self._samples.keys() == cut.keys()
+            and all(_fits(self._samples[place], leaf, batch_dim) for place, leaf in cut.items())
         ):
             for place, leaf in cut.items():
                 kept = self._samples[place].narrow(batch_dim, 0, min(most, self._samples[place].shape[batch_dim]))

@@ -22,6 +22,7 @@ from redline.history import RunHistory
 from redline.hooks import OptimizerHooks
 from redline.interventions import Intervention
 from redline.loss_kind import refuse_other_losses
+from redline.margins import StepMargins
 from redline.monitor import Monitor, Need
 from redline.notes import Notes
 from redline.optimizers import (
@@ -127,6 +128,7 @@ class Session:
         self._stepped: list[Optimizer] = []
         self._gradient_norms: dict[Optimizer, Tensor] = {}
         self._loss: Tensor | None = None
+        self._margins: StepMargins | None = None
 
         self._capture = ForwardCapture(model, module, self.before_forward)
         self._probe = TangentProbe(self._capture, logits, batch_dim, self._notes, around_replay)
@@ -171,6 +173,14 @@ class Session:
         """What the controllers did, oldest first; of very many, the last 10,000."""
         self._control.log.read()
         return tuple(self._control.log.latest)
+
+    @property
+    def margins(self) -> StepMargins | None:
+        """How near each sample came to the redline at the last step measured; None before the first.
+
+        ``session.margins.most_fragile()`` names the samples that bind, to look at the data behind a fragile step.
+        """
+        return self._margins
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -343,6 +353,7 @@ class Session:
             self._measure(step, after_commit=False)
             self._control.decide(step)
             self._measure(step, after_commit=True)
+            self._margins = step.margins or self._margins
         finally:
             self._discard()
             self._capture.forget()
@@ -405,8 +416,10 @@ class Session:
         }
         return {**moved, **dict(self._model.named_buffers())}
 
-    def _take_tangent(self, update: Mapping[str, Tensor], max_samples: int | None) -> Any:
-        taken = self._probe.measure(self._transaction.parameters, self._transaction.before, update, max_samples)
+    def _take_tangent(self, update: Mapping[str, Tensor], max_samples: int | None, remember: int) -> Any:
+        taken = self._probe.measure(
+            self._transaction.parameters, self._transaction.before, update, max_samples, remember
+        )
         if taken is not None and taken.method in metrics.TANGENT_FALLBACKS.label_values:
             self._readings.count(metrics.TANGENT_FALLBACKS, 1, taken.method)
         return taken

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from redline.margins import StepMargins
 from redline.numerics.spectra import SpectralEstimate
 from redline.parameters import MatrixLayer
 from redline.tangent_probe import StepTangent
@@ -67,7 +68,7 @@ class Step:
         read_weights: Callable[[], Mapping[str, Tensor]],
         transaction: StepTransaction,
         to_host: Callable[[Sequence[Tensor]], list[float]],
-        take_tangent: Callable[[Mapping[str, Tensor], int | None], StepTangent | None],
+        take_tangent: Callable[[Mapping[str, Tensor], int | None, int], StepTangent | None],
         measure_weights: Callable[[float], SpectralEstimate],
     ) -> None:
         self.index, self.groups, self.layers = index, groups, layers
@@ -80,7 +81,8 @@ class Step:
         self._start: StepStart | None = None
         self._take_tangent, self._measure_weights = take_tangent, measure_weights
         self._update: Update | None = None
-        self._tangents: dict[int | None, StepTangent | None] = {}
+        self._tangents: dict[tuple[int | None, int], StepTangent | None] = {}
+        self._proposed: StepTangent | None = None  # the first of the tangents that no longer hold
         self._spectra: tuple[float, SpectralEstimate] | None = None
 
     @property
@@ -121,14 +123,16 @@ class Step:
             return update.add(self.before[parameter], alpha=decay) if decay else update
         return update + decay.to(update) * self.before[parameter].to(update.dtype)
 
-    def tangent(self, max_samples: int | None) -> StepTangent | None:
+    def tangent(self, max_samples: int | None, remember: int = 0) -> StepTangent | None:
         """The logit tangent along the update, or None where it cannot be taken (a note says why).
 
-        Only for those who declared ``Need.TANGENT``. ``max_samples``: of the batch; None for all.
+        Only for those who declared ``Need.TANGENT``. ``max_samples``: of the batch; None for all. ``remember``: how many
+        of the samples that bound lately are measured besides, where that is a sub-sample.
         """
-        if max_samples not in self._tangents:
-            self._tangents[max_samples] = self._take_tangent(self.update.tensors, max_samples)
-        return self._tangents[max_samples]
+        asked = max_samples, remember
+        if asked not in self._tangents:
+            self._tangents[asked] = self._take_tangent(self.update.tensors, max_samples, remember)
+        return self._tangents[asked]
 
     def weight_spectra(self, tolerance: float) -> SpectralEstimate:
         """Top singular values of the weights as they stand, for ``layers``, to a relative tolerance."""
@@ -137,11 +141,23 @@ class Step:
         return self._spectra[1]
 
     @property
+    def margins(self) -> StepMargins | None:
+        """``r`` of each sample of the step as proposed, or None where it was not measured or cannot be told by sample."""
+        tangent = self._proposed or self._widest_tangent
+        return None if tangent is None else tangent.margins(self.index)
+
+    @property
+    def _widest_tangent(self) -> StepTangent | None:
+        """The tangent over the most samples that it was measured on, or None if nobody measured it."""
+        taken = [tangent for tangent in self._tangents.values() if tangent is not None]
+        return max(taken, key=lambda tangent: tangent.samples) if taken else None
+
+    @property
     def normalized_step_size(self) -> Tensor | None:
         """``r`` over the most samples it was measured on, or None if nobody measured it."""
-        taken = [tangent for tangent in self._tangents.values() if tangent is not None]
-        return max(taken, key=lambda tangent: tangent.samples).normalized_step_size if taken else None
+        return None if self._widest_tangent is None else self._widest_tangent.normalized_step_size
 
     def update_changed(self) -> None:
         """A decision changed the update: what was measured of it no longer holds."""
+        self._proposed = self._proposed or self._widest_tangent
         self._update, self._tangents, self._spectra = None, {}, None

@@ -5,25 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from redline.capture import CapturedCall, ForwardCapture
 from redline.errors import ConfigurationError
 from redline.hooks import hooks_silenced
+from redline.margins import StepMargins, by_sample
 from redline.notes import Notes
-from redline.numerics.radii import normalized_step_size
+from redline.numerics.exact_radius import LeastRadius, least_ghost_radius
+from redline.numerics.radii import tangent_spread
 from redline.numerics.tangents import FINITE_DIFFERENCE, METHODS, LogitTangent, logit_tangent
+from redline.sample_memory import SampleMemory
 
 # The finite difference is good to about 1 %, half precision to a few; a method that drops a term is off by far more.
 _AGREEMENT = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepTangent:
     """The logit tangent ``J_z p`` of one step.
 
@@ -32,21 +36,55 @@ class StepTangent:
         tangent: ``(..., classes)``, along the whole step ``p``.
         mask: ``(...)``, bool, positions that count, or None for all.
         method: one of ``redline.numerics.tangents.METHODS``.
-        samples: of the batch that were measured.
+        index: ``(samples,)``, int64: the samples' places in the batch; -1 for those remembered from earlier batches.
         batch: samples in the batch.
+        batch_dim: of the model's inputs.
     """
 
     logits: Tensor
     tangent: Tensor
     mask: Tensor | None
     method: str
-    samples: int
+    index: Tensor
     batch: int
+    batch_dim: int
+    _exact: tuple[float, LeastRadius] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def samples(self) -> int:
+        """How many samples were measured."""
+        return len(self.index)
+
+    @cached_property
+    def spread(self) -> Tensor:
+        """``Delta_a`` of each position, ``(...)``; 0 at those that do not count."""
+        spread = tangent_spread(self.tangent)
+        return spread if self.mask is None else torch.where(self.mask, spread, 0.0)
 
     @property
     def normalized_step_size(self) -> Tensor:
         """``r`` over all positions that count, 0-d; over a sub-sample an estimate from below."""
-        return normalized_step_size(self.tangent, self.mask)
+        return self.spread.amax() / math.pi
+
+    def least_radius(self, counts: Tensor | None, within: float = math.inf) -> LeastRadius:
+        """The least exact radius over the positions ``counts``, in steps; see ``least_ghost_radius``.
+
+        Waits for the device. What was found for a larger ``within`` is not searched for again.
+        """
+        if self._exact is None or within > self._exact[0]:
+            self._exact = within, least_ghost_radius(self.logits, self.tangent, counts, within=within)
+        return self._exact[1]
+
+    def margins(self, step: int) -> StepMargins | None:
+        """``r`` of each sample, or None where logits cannot be told by sample."""
+        r = by_sample(self.spread / math.pi, self.samples, self.batch_dim)
+        if r is None:
+            return None
+        exact_r = None
+        if self._exact is not None:
+            exact_r = by_sample((1 / self._exact[1].radii).nan_to_num(nan=-1), self.samples, self.batch_dim)
+            exact_r = exact_r.masked_fill(exact_r < 0, math.nan)
+        return StepMargins(step, self.index, r, exact_r)
 
 
 class TangentProbe:
@@ -66,6 +104,7 @@ class TangentProbe:
         self._method = "auto"
         self._checked = False
         self._whole_batch = False
+        self._memory = SampleMemory()
 
     def measure(
         self,
@@ -73,6 +112,7 @@ class TangentProbe:
         before: Mapping[str, Tensor],
         update: Mapping[str, Tensor],
         max_samples: int | None,
+        remember: int,
     ) -> StepTangent | None:
         """The tangent along ``update`` at ``before`` on the captured inputs, or None where it cannot be taken.
 
@@ -81,6 +121,7 @@ class TangentProbe:
             before: their values before the step.
             update: the step.
             max_samples: the most samples of the batch to use; None for all.
+            remember: samples that bound lately to measure besides a sub-sample.
 
         Raises:
             ConfigurationError: the logits cannot be told, or are no floating tensor.
@@ -107,7 +148,20 @@ class TangentProbe:
         with hooks_silenced(), self._around_replay():
             try:
                 samples = batch if whole or max_samples is None else max_samples
-                return self._take(_subsample(call, batch, samples, self._batch_dim), point, direction, samples, batch)
+                index = torch.arange(samples) * batch // samples  # evenly spread
+                joined = 0
+                if samples < batch:
+                    call, joined = self._memory.join(call, index, batch, self._batch_dim, remember)
+                index = torch.cat([index, torch.full((joined,), -1)])
+                taken = self._take(call, point, direction)
+                found = StepTangent(
+                    taken.logits, taken.tangent, taken.mask, taken.method, index, batch, self._batch_dim
+                )
+                if samples < batch and remember:
+                    r = by_sample(found.spread, found.samples, self._batch_dim)
+                    if r is not None:
+                        self._memory.keep(call, r, self._batch_dim, remember)
+                return found
             except ConfigurationError:
                 raise
             except torch.OutOfMemoryError as error:
@@ -120,7 +174,7 @@ class TangentProbe:
                         f"The ghost radius is measured on the whole batch: a sub-sample of it failed with "
                         f"{type(error).__name__}: {_first_line(error)}"
                     )
-                    return self.measure(parameters, before, update, max_samples)
+                    return self.measure(parameters, before, update, max_samples, remember)
                 self._notes.add(
                     f"The ghost radius is not measured: calling {type(call.module).__name__} again on its own inputs "
                     f"failed with {type(error).__name__}: {_first_line(error)}"
@@ -132,9 +186,7 @@ class TangentProbe:
         call: CapturedCall,
         point: Mapping[str, Tensor],
         direction: Mapping[str, Tensor],
-        samples: int,
-        batch: int,
-    ) -> StepTangent:
+    ) -> LogitTangent:
         def by(method: str) -> LogitTangent:
             kind = next(iter(point.values())).device.type
             with torch.autocast(kind, dtype=call.autocast, enabled=call.autocast is not None):
@@ -146,7 +198,7 @@ class TangentProbe:
         self._method = taken.method
         if not self._checked:
             taken = self._check(taken, by)
-        return StepTangent(taken.logits, taken.tangent, taken.mask, taken.method, samples, batch)
+        return taken
 
     def _check(self, taken: LogitTangent, by: Callable[[str], LogitTangent]) -> LogitTangent:
         """Hold the run's first tangent against a finite difference: some kernels drop tangents silently."""
@@ -169,13 +221,19 @@ class TangentProbe:
         return reference
 
     def state_dict(self) -> dict[str, Any]:
-        """The method found to work."""
-        return {"method": self._method, "checked": self._checked, "whole_batch": self._whole_batch}
+        """The method found to work, and the samples kept."""
+        return {
+            "method": self._method,
+            "checked": self._checked,
+            "whole_batch": self._whole_batch,
+            "memory": self._memory.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the method found before."""
         self._method = state["method"] if state["method"] in METHODS else "auto"
         self._checked, self._whole_batch = bool(state["checked"]), bool(state["whole_batch"])
+        self._memory.load_state_dict(state["memory"])
 
 
 def _batch_size(call: CapturedCall, batch_dim: int) -> int:
@@ -185,21 +243,6 @@ def _batch_size(call: CapturedCall, batch_dim: int) -> int:
         if isinstance(leaf, Tensor) and leaf.dim() > batch_dim
     ]
     return sizes[0] if sizes else 1
-
-
-def _subsample(call: CapturedCall, batch: int, samples: int, batch_dim: int) -> CapturedCall:
-    """The call on ``samples`` of the batch, evenly spread over it; inputs of another size are passed as they are."""
-    if samples == batch:
-        return call
-
-    def take(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim() > batch_dim and leaf.shape[batch_dim] == batch:
-            index = torch.arange(samples, device=leaf.device) * batch // samples
-            return leaf.index_select(batch_dim, index)
-        return leaf
-
-    args, kwargs = tree_map(take, (call.args, call.kwargs))
-    return CapturedCall(call.module, args, kwargs, call.autocast)
 
 
 def _couples_samples(module: nn.Module) -> bool:

@@ -90,44 +90,61 @@ def least_ghost_radius(
 ) -> LeastRadius:
     """Least exact ghost radius over all positions, for the price of a few.
 
-    Those of the least bounds are searched first. Any other whose bound is above the best so far is out, and so is one
-    without a zero within it by a test that costs a pass over its logits (``ExponentialSums.certified_radius``); what is
-    left is searched, the likeliest first, no farther than the best so far. Waits for the device.
+    A position is out of the question within a radius if its bound is not below it, or by a test that costs a pass over
+    its logits (``ExponentialSums.certified_radius``). The radius is raised until some position fails both; that one is
+    searched, then whatever fails within the least radius found so far, the likeliest first. Waits for the device.
 
     Args:
         logits: ``(..., classes)``, floating.
         tangent: ``(..., classes)``, floating.
         mask: ``(...)``, bool, positions that count; None for all.
         within: radii beyond it need not be told apart.
-        budget: the most positions to search. Past it the interval reaches down to the least bound of the others.
+        budget: the most positions to search. Past it the interval reaches down to what is proven of the others.
     """
     shape = tangent.shape[:-1]
     z, a = _as_rows(logits, tangent)
     bound = ghost_radius(a)
     if mask is not None:
         bound = torch.where(mask.reshape(-1), bound, math.inf)
-    if bool(bound.isnan().any()):
-        return LeastRadius(*(bound.new_full((), math.nan, dtype=torch.float64),) * 2, torch.full(shape, math.nan))
     radii = torch.full_like(bound, math.nan, dtype=torch.float64)
-    least, lower, size = within, within, 1
-    rows = bound.argsort() if within == math.inf else (bound < within).nonzero().squeeze(1)
-    searched = 0
-    while len(rows) and searched < budget:
-        if least < math.inf:
-            score = _score(z, a, rows, least)
-            rows = rows[score.argsort(descending=True)][: int((score >= _CLEAR).sum())]
-        now, rows = rows[:size], rows[size:]
-        if len(now):
-            # A little farther, so that what is cleared is clear of the least itself.
-            intervals = _intervals(z[now], a[now], least * (1 + 2 * _TOLERANCE))
-            radii[now] = torch.where(intervals.upper < math.inf, intervals.upper, math.nan)
-            lower, least = min(lower, float(intervals.lower.min())), min(least, float(intervals.upper.min()))
-            searched, size = searched + len(now), 8 * size
-        rows = rows[bound[rows] < least]
-    if len(rows):
-        lower = min(lower, float(bound[rows].min()))
-    ends = (lower, least if least < within else math.inf)
-    return LeastRadius(*(torch.tensor(end, dtype=torch.float64, device=a.device) for end in ends), radii.reshape(shape))
+
+    def result(lower: float, upper: float) -> LeastRadius:
+        return LeastRadius(radii.new_tensor(lower), radii.new_tensor(upper), radii.reshape(shape))
+
+    clear = float(bound.min())  # no position has a zero nearer
+    if not clear < within:
+        return result(math.nan if math.isnan(clear) else within, math.inf)
+    suspects = _suspects(z, a, bound, within)
+    while len(suspects) and _GROWTH * clear < within:
+        nearer = _suspects(z, a, bound, _GROWTH * clear)
+        if len(nearer):
+            suspects = nearer
+            break
+        clear *= _GROWTH
+    least, lower, searched, size = within, within, 0, 1
+    while len(suspects) and searched < budget:
+        now = suspects[:size]
+        # A little farther, so that what is cleared is clear of the least itself.
+        intervals = _intervals(z[now], a[now], least * (1 + 2 * _TOLERANCE))
+        if bool(intervals.lower.isnan().any()):
+            return result(math.nan, math.nan)
+        radii[now] = torch.where(intervals.upper < math.inf, intervals.upper, math.nan)
+        lower, least = min(lower, float(intervals.lower.min())), min(least, float(intervals.upper.min()))
+        searched, size = searched + len(now), 8 * size
+        bound[now] = math.inf
+        suspects = _suspects(z, a, bound, least)
+    if len(suspects):
+        lower = min(lower, max(clear, float(bound.min())))
+    return result(lower, least if least < within else math.inf)
+
+
+def _suspects(z: Tensor, a: Tensor, bound: Tensor, radius: float) -> Tensor:
+    """Rows that may have a zero within ``radius``, the likeliest first."""
+    rows = (bound < radius).nonzero().squeeze(1)
+    if radius == math.inf or not len(rows):
+        return rows[bound[rows].argsort()]
+    score = _score(z, a, rows, radius)
+    return rows[score.argsort(descending=True)][: int((score >= _CLEAR).sum())]
 
 
 def _as_rows(logits: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
