@@ -406,7 +406,8 @@ class Session:
         return {**moved, **dict(self._model.named_buffers())}
 
     def _take_tangent(self, update: Mapping[str, Tensor], max_samples: int | None) -> Any:
-        taken = self._probe.measure(self._transaction.parameters, self._transaction.before, update, max_samples)
+        parameters, before = self._transaction.parameters, self._transaction.before
+        taken = self._probe.measure(parameters, before, update, max_samples, layers=Need.LAYERS in self._needs)
         if taken is not None and taken.method in metrics.TANGENT_FALLBACKS.label_values:
             self._readings.count(metrics.TANGENT_FALLBACKS, 1, taken.method)
         return taken

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from redline.capture import CapturedCall, ForwardCapture
 from redline.errors import ConfigurationError
 from redline.hooks import hooks_silenced
 from redline.notes import Notes
+from redline.numerics.layer_recorder import LayerSteps
 from redline.numerics.radii import normalized_step_size
 from redline.numerics.tangents import FINITE_DIFFERENCE, METHODS, LogitTangent, logit_tangent
 
@@ -34,6 +35,7 @@ class StepTangent:
         method: one of ``redline.numerics.tangents.METHODS``.
         samples: of the batch that were measured.
         batch: samples in the batch.
+        layers: how long the step is for attention and activations; None if nobody needs it, or by finite difference.
     """
 
     logits: Tensor
@@ -42,6 +44,7 @@ class StepTangent:
     method: str
     samples: int
     batch: int
+    layers: LayerSteps | None = None
 
     @property
     def normalized_step_size(self) -> Tensor:
@@ -73,6 +76,8 @@ class TangentProbe:
         before: Mapping[str, Tensor],
         update: Mapping[str, Tensor],
         max_samples: int | None,
+        *,
+        layers: bool = False,
     ) -> StepTangent | None:
         """The tangent along ``update`` at ``before`` on the captured inputs, or None where it cannot be taken.
 
@@ -81,6 +86,7 @@ class TangentProbe:
             before: their values before the step.
             update: the step.
             max_samples: the most samples of the batch to use; None for all.
+            layers: also gather how long the step is for attention and activations.
 
         Raises:
             ConfigurationError: the logits cannot be told, or are no floating tensor.
@@ -107,7 +113,8 @@ class TangentProbe:
         with hooks_silenced(), self._around_replay():
             try:
                 samples = batch if whole or max_samples is None else max_samples
-                return self._take(_subsample(call, batch, samples, self._batch_dim), point, direction, samples, batch)
+                measured = _subsample(call, batch, samples, self._batch_dim)
+                return self._take(measured, point, direction, samples, batch, layers)
             except ConfigurationError:
                 raise
             except torch.OutOfMemoryError as error:
@@ -120,7 +127,7 @@ class TangentProbe:
                         f"The ghost radius is measured on the whole batch: a sub-sample of it failed with "
                         f"{type(error).__name__}: {_first_line(error)}"
                     )
-                    return self.measure(parameters, before, update, max_samples)
+                    return self.measure(parameters, before, update, max_samples, layers=layers)
                 self._notes.add(
                     f"The ghost radius is not measured: calling {type(call.module).__name__} again on its own inputs "
                     f"failed with {type(error).__name__}: {_first_line(error)}"
@@ -134,19 +141,41 @@ class TangentProbe:
         direction: Mapping[str, Tensor],
         samples: int,
         batch: int,
+        layers: bool,
     ) -> StepTangent:
         def by(method: str) -> LogitTangent:
             kind = next(iter(point.values())).device.type
             with torch.autocast(kind, dtype=call.autocast, enabled=call.autocast is not None):
                 return logit_tangent(
-                    call.module, call.args, call.kwargs, direction, logits=self._logits, method=method, parameters=point
+                    call.module,
+                    call.args,
+                    call.kwargs,
+                    direction,
+                    logits=self._logits,
+                    method=method,
+                    parameters=point,
+                    layers=layers,
                 )
 
         taken = by(self._method)
         self._method = taken.method
         if not self._checked:
             taken = self._check(taken, by)
-        return StepTangent(taken.logits, taken.tangent, taken.mask, taken.method, samples, batch)
+        seen = self._layers(taken, call.name) if layers else None
+        return StepTangent(taken.logits, taken.tangent, taken.mask, taken.method, samples, batch, seen)
+
+    def _layers(self, taken: LogitTangent, module: str) -> LayerSteps | None:
+        """What was seen of the layers, by their names in the whole model; a note says what was not, and why."""
+        if taken.layers is None:
+            self._notes.add(
+                "The radii of layers are not measured: tangents of this model are taken by finite difference, which "
+                "sees nothing but logits."
+            )
+            return None
+        seen = taken.layers.within(module)
+        for layer, reason in seen.failures.items():
+            self._notes.add(f"The radius of {layer} is not measured in full: {reason}")
+        return seen
 
     def _check(self, taken: LogitTangent, by: Callable[[str], LogitTangent]) -> LogitTangent:
         """Hold the run's first tangent against a finite difference: some kernels drop tangents silently."""
@@ -199,7 +228,7 @@ def _subsample(call: CapturedCall, batch: int, samples: int, batch_dim: int) -> 
         return leaf
 
     args, kwargs = tree_map(take, (call.args, call.kwargs))
-    return CapturedCall(call.module, args, kwargs, call.autocast)
+    return replace(call, args=args, kwargs=kwargs)
 
 
 def _couples_samples(module: nn.Module) -> bool:
