@@ -101,7 +101,7 @@ def _binding(radii: tuple[BindingRadius, ...]) -> Table:
         box=None,
         padding=(0, 1, 0, 0),
         pad_edge=False,
-        title="Which radius binds: share of the steps measured in each quarter of the run",
+        title="Which radius binds, by quarter of the run",
         title_justify="left",
         title_style="bold",
     )

@@ -77,7 +77,7 @@ def attention_step_size(scores: Tensor, tangent: Tensor) -> Tensor:
     A constant added to a row of either changes nothing, so that ``log A`` and ``dA / A`` serve as well.
 
     Args:
-        scores: ``(..., keys)``, floating, ``S``. Keys 10,000 or more below their row's highest are masked, and left out.
+        scores: ``(..., keys)``, floating, ``S``. Keys 10,000 or more below their row's highest are masked: left out.
         tangent: ``(..., keys)``, ``dS``.
 
     Returns:
@@ -122,7 +122,7 @@ def activation_step_size(radii: Tensor, quantile: float = QUANTILE) -> Tensor:
 
 
 def thinned(inputs: Tensor) -> Tensor:
-    """At most ``MOST_INPUTS`` of the inputs, ``(n,)``: every so-many-th, at a stride that visits all columns in turn."""
+    """At most ``MOST_INPUTS`` of the inputs, ``(n,)``: every so-many-th, at a stride that visits all columns."""
     stride = -(-inputs.numel() // MOST_INPUTS)
     while math.gcd(stride, inputs.numel()) > 1 and stride > 1:
         stride += 1
@@ -191,7 +191,7 @@ SINGULARITIES: Mapping[Any, Callable[..., Singularities]] = {
     **_under(_always((0, 6)), F.relu6),
     **_under(_always((-3, 3)), F.hardswish, F.hardsigmoid),
     **_under(_hardtanh, F.hardtanh, F.hardtanh_),
-    **_under(_threshold, F.threshold, F.threshold_, torch.threshold),
+    **_under(_threshold, F.threshold, torch.threshold, torch.threshold_),
     **_under(_shrink, F.softshrink, F.hardshrink, T.hardshrink),
     **_under(
         _always(_LOGISTIC),

@@ -186,7 +186,9 @@ class _Recorder(TorchFunctionMode):
         bound = _MULTI_HEAD_SIGNATURE.bind(*args, **kwargs)
         bound.arguments.update(need_weights=True, average_attn_weights=False, dropout_p=0.0)
         args, kwargs = tree_map(_widened, (bound.args, bound.kwargs))
-        weights, tangent = _unpacked(F.multi_head_attention_forward(*args, **kwargs)[1])
+        _, given = F.multi_head_attention_forward(*args, **kwargs)
+        assert given is not None
+        weights, tangent = _unpacked(given)
         return self._attention(name, weights.log(), tangent / weights)
 
     def _attention(self, name: str, scores: Tensor, tangent: Tensor) -> bool:

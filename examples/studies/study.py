@@ -137,7 +137,9 @@ class Study:
     def _run(self, cases: list[Case], processes: int) -> Iterator[tuple[Case, dict[str, Any]]]:
         columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn())
         with (
-            ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool,
+            ProcessPoolExecutor(
+                processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+            ) as pool,
             Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress,
         ):
             waiting = {pool.submit(self.run, **case): case for case in cases}
