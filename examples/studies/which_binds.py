@@ -1,7 +1,7 @@
 """Which radius binds: the output's, attention's or the feed-forward's (arXiv 2603.13552, table 2).
 
     python examples/studies/which_binds.py            # two optimizers, early and late, five seeds; some minutes
-    python examples/studies/which_binds.py --quick    # one seed, eight steps each; a few seconds
+    python examples/studies/which_binds.py --quick    # one seed, six steps each; a few seconds
 
 A tiny transformer reads scikit-learn's digits, the 8 rows of each as tokens behind a class token. Each step goes along
 what the optimizer proposes, and its length is the smallest of three radii: of the output's softmax, of attention's,
@@ -107,7 +107,7 @@ def run(optimizer: str, phase: str, seed: int, steps: int, training: int) -> dic
 
 
 def cases(quick: bool) -> list[Case]:
-    seeds, most, training = (1, 8, 60) if quick else (5, 1000, TRAINING)
+    seeds, most, training = (1, 6, 40) if quick else (5, 1000, TRAINING)
     return [
         {"optimizer": name, "phase": phase, "seed": seed, "steps": min(steps, most), "training": training}
         for name in OPTIMIZERS

@@ -50,7 +50,7 @@ def study() -> Iterator[ModuleType]:
 
 def made_up(*bound: tuple[str, str, str]) -> list[dict[str, Any]]:
     """Results in which one radius binds at all 10 steps of each ``(optimizer, phase, radius)``."""
-    sizes = {"output": [1.0, 0.1, 0.2, 0.1], "attention": [0.1, 1.0, 0.2, 0.1], "feed-forward": [0.1, 0.1, 1.0, 0.05]}
+    sizes = {"output": [1.0, 0.1, 0.2, 0.1], "attention": [0.01, 1.0, 0.2, 0.1], "feed-forward": [0.1, 0.1, 1.0, 0.05]}
     return [
         {"optimizer": name, "phase": phase, "seed": 0, "steps": 10, "sizes": [sizes[radius]] * 10}
         for name, phase, radius in bound
