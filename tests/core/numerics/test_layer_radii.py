@@ -115,8 +115,8 @@ def test_a_nan_is_not_lost_among_the_larger_radii():
 
 def test_of_many_inputs_every_column_is_visited():
     columns = 1536
-    inputs = torch.arange(columns).repeat(400)
-    kept = thinned(inputs.view(400, columns))
+    inputs = torch.arange(columns).repeat(300)  # a stride of 4 would see a quarter of them
+    kept = thinned(inputs.view(300, columns))
     assert MOST_INPUTS / 2 < kept.numel() <= MOST_INPUTS
     assert kept.unique().numel() == columns
     assert torch.equal(thinned(inputs[: columns * 2]), inputs[: columns * 2])
