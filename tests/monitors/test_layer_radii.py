@@ -128,8 +128,7 @@ def test_readings_agree_with_float64_differences():
     )
     activations = step.latest.layers(ACTIVATION)
     assert list(activations) == ["feed_forward.1", "Mixed"]
-    rank = math.ceil(0.01 * len(radii)) - 1
-    assert activations["feed_forward.1"] == pytest.approx(1 / radii[rank], rel=2e-3)
+    assert activations["feed_forward.1"] == pytest.approx(1 / radii[math.ceil(0.01 * len(radii)) - 1], rel=2e-3)
     assert step.latest.series(BINDING) == {
         ("output",): pytest.approx(spread(step.by_difference(lambda model, x: model(x))[1]), rel=2e-3),
         ("attention",): max(step.latest.layers(ATTENTION).values()),
