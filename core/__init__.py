@@ -26,7 +26,7 @@ from redline.integrations.prometheus import PrometheusExporter
 from redline.interventions import Intervention
 from redline.metrics import METRICS, Metric
 from redline.monitor import Monitor, Need
-from redline.monitors import GhostRadius, StepHealth, UpdateSpectrum, WeightSpectrum, default_monitors
+from redline.monitors import GhostRadius, LayerRadii, StepHealth, UpdateSpectrum, WeightSpectrum, default_monitors
 from redline.readings import Readings, RunInfo, Series, Snapshot
 from redline.report import StabilityReport
 from redline.session import Session
@@ -45,6 +45,7 @@ __all__ = [
     "GhostRadius",
     "Intervention",
     "Keep",
+    "LayerRadii",
     "Metric",
     "Monitor",
     "Need",

@@ -25,12 +25,14 @@ class CapturedCall:
         args: positional inputs, copied: the model or the loop may go on to overwrite them.
         kwargs: keyword inputs, copied.
         autocast: the autocast dtype in force on the module's device, or None.
+        name: the module's qualified name in the model; "" for the model itself.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     autocast: torch.dtype | None
+    name: str = ""
 
 
 class ForwardCapture:
@@ -109,7 +111,7 @@ class ForwardCapture:
         self._before_forward()
         if self.armed:
             args, kwargs = tree_map(_copied, (args, dict(kwargs)))
-            self._calls[name] = CapturedCall(module, args, kwargs, _autocast_dtype(module))
+            self._calls[name] = CapturedCall(module, args, kwargs, _autocast_dtype(module), name)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

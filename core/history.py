@@ -1,4 +1,4 @@
-"""What a run's report remembers: every measurement of the step size, and first, last and highest of each layer."""
+"""What a run's report remembers: the step sizes as measured, and first, last and highest of each layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from redline.metrics import NORMALIZED_STEP_SIZE
+from redline.metrics import BINDING_STEP_SIZE, NORMALIZED_STEP_SIZE
 from redline.readings import Series
 
 STEP_SIZE_EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 3.0, 10.0)
@@ -43,6 +43,9 @@ class RunHistory:
         self.step_sizes: list[tuple[int, float]] = []
         """``(step, r)`` in order, for quantiles; every other one is dropped whenever there are more than 8,192."""
         self._stride = 1
+        self.binding: list[tuple[int, dict[str, float]]] = []
+        """``(step, step size by radius)`` in order, bounded in the same way."""
+        self._binding_stride, self._binding_steps, self._binding_step = 1, 0, -1
 
     @property
     def measured_step_sizes(self) -> int:
@@ -57,6 +60,8 @@ class RunHistory:
             self.courses[series] = Course(1, value, value, value if math.isfinite(value) else math.nan, step)
         if series.metric == NORMALIZED_STEP_SIZE.name:
             self._record_step_size(step, value)
+        elif series.metric == BINDING_STEP_SIZE.name:
+            self._record_binding(step, series.labels[0], value)
 
     def _record_step_size(self, step: int, value: float) -> None:
         if self.measured_step_sizes % self._stride == 0:
@@ -67,6 +72,16 @@ class RunHistory:
             self.step_size_counts[bisect_right(STEP_SIZE_EDGES, value) - 1] += 1
         else:
             self.nonfinite_step_sizes += 1
+
+    def _record_binding(self, step: int, radius: str, value: float) -> None:
+        if step != self._binding_step:
+            if self._binding_steps % self._binding_stride == 0:
+                self.binding.append((step, {}))
+            if len(self.binding) > _MOST_STEP_SIZES:  # an odd number: the newest stays
+                self.binding, self._binding_stride = self.binding[::2], self._binding_stride * 2
+            self._binding_step, self._binding_steps = step, self._binding_steps + 1
+        if self.binding[-1][0] == step:
+            self.binding[-1][1][radius] = value
 
     def layers(self, metric: str) -> dict[str, Course]:
         """The course of a per-layer metric, by layer."""
@@ -86,6 +101,9 @@ class RunHistory:
             "step_size_counts": list(self.step_size_counts),
             "nonfinite_step_sizes": self.nonfinite_step_sizes,
             "stride": self._stride,
+            "binding": [[step, dict(sizes)] for step, sizes in self.binding],
+            "binding_stride": self._binding_stride,
+            "binding_steps": self._binding_steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -95,3 +113,6 @@ class RunHistory:
         self.step_size_counts = list(state["step_size_counts"])
         self.nonfinite_step_sizes = state["nonfinite_step_sizes"]
         self._stride = state["stride"]
+        self.binding = [(int(step), dict(sizes)) for step, sizes in state.get("binding", [])]
+        self._binding_stride, self._binding_steps = state.get("binding_stride", 1), state.get("binding_steps", 0)
+        self._binding_step = -1

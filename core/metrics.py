@@ -1,7 +1,7 @@
 """The metrics: one definition each. Console, Prometheus, loggers and docs all read it from here.
 
 Names follow Prometheus: prefix ``redline_``, base units, ``_total`` for counters. ``layer`` is a parameter's qualified
-name, ``name[e]`` for matrix ``e`` of a stack.
+name, ``name[e]`` for matrix ``e`` of a stack; of attention and activations, that of the module that calls them.
 """
 
 from __future__ import annotations
@@ -94,6 +94,18 @@ EXACT_TO_BOUND_RATIO = _define(
     "exact_to_bound_ratio", "gauge", "1", "rho* / rho_a: how many times the bound the radius is.", tracked=True
 )
 COMMITTED_STEP_SIZE = _define("committed_step_size", "gauge", "1", "r of the step as it was committed.")
+ATTENTION_STEP_SIZE = _define(
+    "attention_step_size", "gauge", "1", "Length of the proposed step over the radius of attention; 1 is the redline.",
+    "layer",
+)  # fmt: skip
+ACTIVATION_STEP_SIZE = _define(
+    "activation_step_size", "gauge", "1", "Length of the proposed step over the radius of the activation's inputs.",
+    "layer",
+)  # fmt: skip
+BINDING_STEP_SIZE = _define(
+    "binding_step_size", "gauge", "1", "The largest step size of a kind: r (output), attention or activation.",
+    "radius", tracked=True,
+)  # fmt: skip
 STEP_SCALE = _define("step_scale", "gauge", "1", "Factor that the controllers put on the whole step; 1 is untouched.")
 TANGENT_SAMPLES = _define("tangent_samples", "gauge", "1", "Samples of the batch over which r is the maximum.")
 BATCH_SAMPLES = _define("batch_samples", "gauge", "1", "Samples in the batch that r was measured on.")

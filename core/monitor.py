@@ -20,6 +20,7 @@ class Need(Flag):
     GRADIENTS = 1  # step.gradient_norm
     UPDATE = 2  # step.update, which takes a copy of the parameters before the step
     TANGENT = 4 | UPDATE  # step.tangent(), which takes the model's inputs besides
+    LAYERS = 8 | TANGENT  # step.tangent().layers, from the same pass
 
 
 class Monitor:

@@ -63,6 +63,24 @@ class LayerSummary:
 
 
 @dataclass(frozen=True)
+class BindingRadius:
+    """How often one of the radii was the one that bound: the step was longer against it than against the others.
+
+    Attributes:
+        radius: output (that of r), attention or activation.
+        shares: of the steps measured in each quarter of the run, those at which it bound; None where none were.
+        highest: the longest step against it, at ``highest_step``.
+        layer: that against which the last step measured was the longest; None for the output.
+    """
+
+    radius: str
+    shares: tuple[float | None, ...]
+    highest: float
+    highest_step: int
+    layer: str | None
+
+
+@dataclass(frozen=True)
 class KeptSnapshot:
     """A copy of the run that a controller holds to go back to: of which step, how large and where it is."""
 
@@ -97,6 +115,7 @@ class StabilityReport:
         overhead_ratio: time in Redline / time of training; None before the first measurement.
         first_loss, last_loss: as observed, or None.
         step_sizes: the distribution of r, or None if it was never measured.
+        binding: of each radius, how often it bound; empty if only that of the output was measured, or none.
         layers: every matrix, the hardest pushed first.
         nonfinite: source to count.
         interventions: what the controllers did, one entry a controller and action.
@@ -112,6 +131,7 @@ class StabilityReport:
     first_loss: float | None
     last_loss: float | None
     step_sizes: StepSizes | None
+    binding: tuple[BindingRadius, ...]
     layers: tuple[LayerSummary, ...]
     nonfinite: dict[str, int]
     interventions: tuple[Tally, ...]
@@ -144,6 +164,7 @@ class StabilityReport:
             first_loss=loss.first if loss else None,
             last_loss=loss.last if loss else None,
             step_sizes=sizes,
+            binding=_binding(snapshot, history, steps),
             layers=layers,
             nonfinite=nonfinite,
             interventions=tuple(interventions),
@@ -185,6 +206,26 @@ def _step_sizes(snapshot: Snapshot, history: RunHistory) -> StepSizes | None:
         over=sum(count for low, _, count in bins if low >= 1),
         histogram=tuple(bins),
     )
+
+
+_LAYER_METRICS = {"attention": metrics.ATTENTION_STEP_SIZE, "activation": metrics.ACTIVATION_STEP_SIZE}
+
+
+def _binding(snapshot: Snapshot, history: RunHistory, steps: int) -> tuple[BindingRadius, ...]:
+    courses = history.layers(metrics.BINDING_STEP_SIZE.name)
+    if len(courses) < 2:
+        return ()
+    bound: list[list[str]] = [[], [], [], []]
+    for step, sizes in history.binding:
+        if not any(math.isnan(size) for size in sizes.values()):
+            bound[min(4 * step // max(steps, 1), 3)].append(max(sizes, key=lambda radius: sizes[radius]))
+    found = []
+    for radius, course in courses.items():
+        layers = snapshot.layers(_LAYER_METRICS[radius].name) if radius in _LAYER_METRICS else {}
+        shares = tuple(names.count(radius) / len(names) if names else None for names in bound)
+        last = max(layers, key=lambda name: layers[name]) if layers else None
+        found.append(BindingRadius(radius, shares, course.highest, course.highest_step, last))
+    return tuple(found)
 
 
 def _layers(snapshot: Snapshot, history: RunHistory) -> tuple[LayerSummary, ...]:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from redline.interventions import Tally
-from redline.report import LayerSummary, StabilityReport, StepSizes
+from redline.report import BindingRadius, LayerSummary, StabilityReport, StepSizes
 
 _STYLES = {"good": "green", "watch": "yellow", "bad": "bold red"}
 _MARKS = {"good": "✓", "watch": "!", "bad": "✗"}
@@ -25,6 +25,8 @@ def report_view(report: StabilityReport) -> RenderableType:
     parts += [Text(), _facts(report)]
     if report.step_sizes:
         parts += [Text(), _distribution(report.step_sizes)]
+    if report.binding:
+        parts += [Text(), _binding(report.binding)]
     if report.layers:
         parts += [Text(), _worst_layers(report.layers)]
     if report.interventions:
@@ -92,6 +94,30 @@ def _distribution(sizes: StepSizes) -> RenderableType:
         bar = "█" * max(round(count / tallest * _BAR), 1 if count else 0)
         table.add_row(name, Text(bar, style=step_size_style(low if low else 0.0)), str(count) if count else "")
     return Group(heading, table)
+
+
+def _binding(radii: tuple[BindingRadius, ...]) -> Table:
+    table = Table(
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title="Which radius binds, by quarter of the run",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("radius", style="cyan", no_wrap=True)
+    for heading in ("first", "second", "third", "last", "longest", "at step"):
+        table.add_column(heading, justify="right")
+    table.add_column("layer, at last")
+    for one in radii:
+        table.add_row(
+            one.radius,
+            *("–" if share is None else f"{share:.0%}" for share in one.shares),
+            number(one.highest),
+            str(one.highest_step),
+            Text("–" if one.layer is None else layer_label(one.layer)),
+        )
+    return table
 
 
 def _interventions(tallies: tuple[Tally, ...]) -> Table:

@@ -418,7 +418,12 @@ class Session:
 
     def _take_tangent(self, update: Mapping[str, Tensor], max_samples: int | None, remember: int) -> Any:
         taken = self._probe.measure(
-            self._transaction.parameters, self._transaction.before, update, max_samples, remember
+            self._transaction.parameters,
+            self._transaction.before,
+            update,
+            max_samples,
+            remember,
+            layers=Need.LAYERS in self._needs,
         )
         if taken is not None and taken.method in metrics.TANGENT_FALLBACKS.label_values:
             self._readings.count(metrics.TANGENT_FALLBACKS, 1, taken.method)

@@ -142,7 +142,7 @@ class Step:
 
     @property
     def margins(self) -> StepMargins | None:
-        """``r`` of each sample of the step as proposed, or None where it was not measured or cannot be told by sample."""
+        """``r`` of each sample of the step as proposed, or None where it is not known by sample."""
         tangent = self._proposed or self._widest_tangent
         return None if tangent is None else tangent.margins(self.index)
 

@@ -19,6 +19,7 @@ from redline.hooks import hooks_silenced
 from redline.margins import StepMargins, by_sample
 from redline.notes import Notes
 from redline.numerics.exact_radius import LeastRadius, least_ghost_radius
+from redline.numerics.layer_recorder import LayerSteps
 from redline.numerics.radii import tangent_spread
 from redline.numerics.tangents import FINITE_DIFFERENCE, METHODS, LogitTangent, logit_tangent
 from redline.sample_memory import SampleMemory
@@ -39,6 +40,7 @@ class StepTangent:
         index: ``(samples,)``, int64: the samples' places in the batch; -1 for those remembered from earlier batches.
         batch: samples in the batch.
         batch_dim: of the model's inputs.
+        layers: how long the step is for attention and activations; None if nobody needs it, or by finite difference.
     """
 
     logits: Tensor
@@ -48,6 +50,7 @@ class StepTangent:
     index: Tensor
     batch: int
     batch_dim: int
+    layers: LayerSteps | None = None
     _exact: tuple[float, LeastRadius] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -113,6 +116,8 @@ class TangentProbe:
         update: Mapping[str, Tensor],
         max_samples: int | None,
         remember: int,
+        *,
+        layers: bool = False,
     ) -> StepTangent | None:
         """The tangent along ``update`` at ``before`` on the captured inputs, or None where it cannot be taken.
 
@@ -122,6 +127,7 @@ class TangentProbe:
             update: the step.
             max_samples: the most samples of the batch to use; None for all.
             remember: samples that bound lately to measure besides a sub-sample.
+            layers: also gather how long the step is for attention and activations.
 
         Raises:
             ConfigurationError: the logits cannot be told, or are no floating tensor.
@@ -153,9 +159,10 @@ class TangentProbe:
                 if samples < batch:
                     call, joined = self._memory.join(call, index, batch, self._batch_dim, remember)
                 index = torch.cat([index, torch.full((joined,), -1)])
-                taken = self._take(call, point, direction)
+                taken = self._take(call, point, direction, layers)
+                seen = self._layers(taken, call.name) if layers else None
                 found = StepTangent(
-                    taken.logits, taken.tangent, taken.mask, taken.method, index, batch, self._batch_dim
+                    taken.logits, taken.tangent, taken.mask, taken.method, index, batch, self._batch_dim, seen
                 )
                 if samples < batch and remember:
                     r = by_sample(found.spread, found.samples, self._batch_dim)
@@ -174,7 +181,7 @@ class TangentProbe:
                         f"The ghost radius is measured on the whole batch: a sub-sample of it failed with "
                         f"{type(error).__name__}: {_first_line(error)}"
                     )
-                    return self.measure(parameters, before, update, max_samples, remember)
+                    return self.measure(parameters, before, update, max_samples, remember, layers=layers)
                 self._notes.add(
                     f"The ghost radius is not measured: calling {type(call.module).__name__} again on its own inputs "
                     f"failed with {type(error).__name__}: {_first_line(error)}"
@@ -186,12 +193,20 @@ class TangentProbe:
         call: CapturedCall,
         point: Mapping[str, Tensor],
         direction: Mapping[str, Tensor],
+        layers: bool,
     ) -> LogitTangent:
         def by(method: str) -> LogitTangent:
             kind = next(iter(point.values())).device.type
             with torch.autocast(kind, dtype=call.autocast, enabled=call.autocast is not None):
                 return logit_tangent(
-                    call.module, call.args, call.kwargs, direction, logits=self._logits, method=method, parameters=point
+                    call.module,
+                    call.args,
+                    call.kwargs,
+                    direction,
+                    logits=self._logits,
+                    method=method,
+                    parameters=point,
+                    layers=layers,
                 )
 
         taken = by(self._method)
@@ -199,6 +214,19 @@ class TangentProbe:
         if not self._checked:
             taken = self._check(taken, by)
         return taken
+
+    def _layers(self, taken: LogitTangent, module: str) -> LayerSteps | None:
+        """What was seen of the layers, by their names in the whole model; a note says what was not, and why."""
+        if taken.layers is None:
+            self._notes.add(
+                "The radii of layers are not measured: tangents of this model are taken by finite difference, which "
+                "sees nothing but logits."
+            )
+            return None
+        seen = taken.layers.within(module)
+        for layer, reason in seen.failures.items():
+            self._notes.add(f"The radius of {layer} is not measured in full: {reason}")
+        return seen
 
     def _check(self, taken: LogitTangent, by: Callable[[str], LogitTangent]) -> LogitTangent:
         """Hold the run's first tangent against a finite difference: some kernels drop tangents silently."""

@@ -19,7 +19,7 @@ def render() -> str:
             "",
             "One definition each, in `core/metrics.py`; the console, Prometheus, the trainers' loggers and this page "
             "read it. What was not measured is absent; NaN is a measurement. `layer` is a parameter's qualified name, "
-            "`name[e]` for matrix `e` of a stack.",
+            "`name[e]` for matrix `e` of a stack; of attention and activations, that of the module that calls them.",
             "",
             "| name | kind | labels | meaning |",
             "|---|---|---|---|",

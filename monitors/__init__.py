@@ -2,11 +2,12 @@
 
 from redline.monitor import Monitor
 from redline.monitors.ghost_radius import GhostRadius
+from redline.monitors.layer_radii import LayerRadii
 from redline.monitors.step_health import StepHealth
 from redline.monitors.update_spectrum import UpdateSpectrum
 from redline.monitors.weight_spectrum import WeightSpectrum
 
-__all__ = ["GhostRadius", "StepHealth", "UpdateSpectrum", "WeightSpectrum", "default_monitors"]
+__all__ = ["GhostRadius", "LayerRadii", "StepHealth", "UpdateSpectrum", "WeightSpectrum", "default_monitors"]
 
 
 def default_monitors() -> list[Monitor]:

@@ -1,7 +1,7 @@
 """Sums ``G(t) = sum_k p_k exp(a_k t)`` of many rows, made cheap to evaluate within a given distance of 0.
 
-Tangents ``a`` lie in ``[-1/2, 1/2]``; ``p`` are probabilities, kept as logarithms, since far from 0 classes matter whose
-probability underflows.
+Tangents ``a`` lie in ``[-1/2, 1/2]``; ``p`` are probabilities, kept as logarithms, since far from 0 classes matter
+whose probability underflows.
 """
 
 from __future__ import annotations

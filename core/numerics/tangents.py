@@ -9,6 +9,7 @@ then a central difference in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from redline.errors import ConfigurationError
+from redline.numerics.layer_recorder import LayerSteps, recording_layers
 from redline.numerics.replay import cloned_buffers, replaying
 
 FORWARD_MODE = "forward_mode"
@@ -45,12 +47,15 @@ class LogitTangent:
         tangent: ``(..., classes)``, ``J_z d``, in logits per unit of ``direction`` as it was given.
         mask: ``(...)``, bool: positions that count, or None where all do.
         method: the rung of the ladder that gave it, one of ``METHODS``.
+        layers: how long the direction is for attention and activations, taken as a step; None if not asked for, and by
+            finite difference, which sees nothing but logits.
     """
 
     logits: Tensor
     tangent: Tensor
     mask: Tensor | None
     method: str
+    layers: LayerSteps | None = None
 
 
 def logit_tangent(
@@ -62,6 +67,7 @@ def logit_tangent(
     logits: LogitsFunction | None = None,
     method: str = "auto",
     parameters: Mapping[str, Tensor] | None = None,
+    layers: bool = False,
 ) -> LogitTangent:
     """Take the directional derivative of the model's logits along ``direction``.
 
@@ -77,6 +83,7 @@ def logit_tangent(
             default the output itself, its ``.logits`` or its ``["logits"]``. A 1-D output counts as one logit a sample.
         method: one of ``METHODS``, or "auto": the first of them that works.
         parameters: ``{parameter name: tensor}`` at which to differentiate, where not at the model's own.
+        layers: also gather, in the same pass, how long the direction is for each attention and activation.
 
     Returns:
         The tangent and the logits, in float32 at least; by finite difference the logits are the mean of the two
@@ -97,18 +104,20 @@ def logit_tangent(
 
     for rung in METHODS if method == "auto" else (method,):
         try:
+            seen = None
             if rung == FINITE_DIFFERENCE:
                 z, tangent, mask = _finite_difference(model, args, kwargs or {}, point, stretched, function)
             else:
                 plain = rung == MATH_ATTENTION
-                z, tangent, mask = _forward_mode(model, args, kwargs or {}, point, stretched, function, plain)
+                with recording_layers(model, stretch) if layers else nullcontext() as seen:
+                    z, tangent, mask = _forward_mode(model, args, kwargs or {}, point, stretched, function, plain)
         except torch.OutOfMemoryError:
             raise
         except (NotImplementedError, RuntimeError):
             if rung == FINITE_DIFFERENCE or method != "auto":
                 raise
         else:
-            return LogitTangent(_widen(z), _widen(tangent) / stretch, mask, rung)
+            return LogitTangent(_widen(z), _widen(tangent) / stretch, mask, rung, seen)
     raise AssertionError("unreachable: the last rung returns or raises")
 
 

@@ -14,6 +14,7 @@ _DEPTH = 40  # the most halvings of an arc
 _STEPS = 30  # of Newton's iteration
 _STARTS = 4  # of it, a row
 _CONVERGED = 1e-7  # relative length of the last step: zeros of higher multiplicity are found to no more
+_POLISHED = 1e-12  # relative length of a step after which there is no other
 
 
 class Ring(NamedTuple):
@@ -39,52 +40,57 @@ def count_zeros(sums: ExponentialSums, rows: Tensor, radius: Tensor) -> Ring:
 
         |exp(-mu s) G(m + s) - G(m) - (G'(m) - mu G(m)) s|  <=  S V (exp(d h) - 1 - d h) / d^2    for |s| <= h.
     """
-    n = len(rows)
-    arcs = (radius * math.pi / 2).ceil().clamp(min=4).long()
-    of = torch.repeat_interleave(torch.arange(n, device=rows.device), arcs)
-    place = torch.arange(len(of), device=rows.device) - (arcs.cumsum(0) - arcs)[of]
-    begin, end = place / arcs[of] * math.pi, (place + 1) / arcs[of] * math.pi
-    begin, end = begin.double(), end.double()
-    turned = torch.zeros(n, dtype=torch.float64, device=rows.device)
-    decided = torch.ones(n, dtype=torch.bool, device=rows.device)
+    of, begin, end = _arcs(radius)
+    turned = torch.zeros_like(radius)
+    decided = torch.ones_like(radius, dtype=torch.bool)
     near: list[tuple[Tensor, Tensor, Tensor]] = []
     ends = torch.polar(radius[of].repeat(2), torch.cat([begin, end]))
     at_begin, at_end = sums(rows[of].repeat(2), ends).value.chunk(2)
-    for depth in range(_DEPTH):
+    for _ in range(_DEPTH):
         middle, half = (begin + end) / 2, radius[of] * (end - begin) / 2
         m = torch.polar(radius[of], middle)
         at = sums(rows[of], m)
         d = 0.5 + at.mean.abs()
         curved = at.size * at.variance * (torch.expm1(d * half) - d * half) / d**2
-        inside = at.value.abs() - (at.slope - at.mean * at.value).abs() * half > curved + ROUNDING * at.size
+        tame = at.value.abs() - (at.slope - at.mean * at.value).abs() * half > curved + ROUNDING * at.size
         for sign, theta, value in ((-1.0, begin, at_begin), (1.0, end, at_end)):
             turn = -at.mean * (torch.polar(radius[of], theta) - m).imag
             angle = torch.angle(value / at.value * torch.polar(torch.ones_like(turn), turn)) - turn
-            turned.index_add_(0, of[inside], (sign * angle)[inside])
-        near.append((of[inside], m[inside], (at.value / at.slope).abs()[inside]))
-        if bool(inside.all()):
-            break
-        rest = ~inside
-        if depth == _DEPTH - 1:
-            decided[of[rest]] = False
+            turned.index_add_(0, of[tame], (sign * angle)[tame])
+        near.append((of[tame], m[tame], (at.value / at.slope).abs()[tame]))
+        # Where rounding hides the sum itself, as about a zero of higher multiplicity, no arc is ever short enough.
+        decided[of[at.value.abs() <= 2 * ROUNDING * at.size]] = False
+        rest = ~tame & decided[of]
         of, begin, middle, end = of[rest].repeat(2), begin[rest], middle[rest], end[rest]
+        if not len(of):
+            break
         begin, end = torch.cat([begin, middle]), torch.cat([middle, end])
-        at_begin, at_end = (
-            torch.cat([at_begin[rest], at.value[rest]]),
-            torch.cat([at.value[rest], at_end[rest]]),
-        )
-    zeros = (turned / (2 * math.pi)).round()
-    of, points, distance = (torch.cat(column) for column in zip(*near, strict=True))
+        at_begin, at_end = torch.cat([at_begin[rest], at.value[rest]]), torch.cat([at.value[rest], at_end[rest]])
+    decided[of] = False
+    zeros = (turned / (2 * math.pi)).round().long()
+    return Ring(zeros, decided, _nearest(*(torch.cat(column) for column in zip(*near, strict=True)), len(rows)))
+
+
+def _arcs(radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Upper half-circles in arcs of length 2 at most: the circle each belongs to, where it begins and ends (radians)."""
+    arcs = (radius * math.pi / 2).ceil().clamp(min=4).long()
+    of = torch.repeat_interleave(torch.arange(len(radius), device=radius.device), arcs)
+    place = torch.arange(len(of), dtype=radius.dtype, device=radius.device) - (arcs.cumsum(0) - arcs)[of]
+    return of, place / arcs[of] * math.pi, (place + 1) / arcs[of] * math.pi
+
+
+def _nearest(of: Tensor, points: Tensor, distance: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Of each of n circles the points of least distance."""
     order = distance.argsort()
     order = order[of[order].argsort(stable=True)]
     of, points = of[order], points[order]
     first = torch.searchsorted(of, torch.arange(n, device=of.device))
     nearest = torch.arange(len(of), device=of.device) - first[of] < _STARTS
-    return Ring(zeros.long(), decided, (of[nearest], points[nearest]))
+    return of[nearest], points[nearest]
 
 
 def find_zeros(sums: ExponentialSums, rows: Tensor, start: Tensor) -> Tensor:
-    """Newton's iteration for ``G``, ``(points,)`` complex: zeros in the upper half-plane, NaN where it leads to none."""
+    """Newton's iteration from ``start``, ``(points,)`` complex: zeros of the upper half-plane, NaN where there is none."""
     t = start
     step = torch.full_like(t, math.inf)
     for _ in range(_STEPS):
@@ -92,7 +98,7 @@ def find_zeros(sums: ExponentialSums, rows: Tensor, start: Tensor) -> Tensor:
         step = at.value / at.slope
         step = step * (1.0 / step.abs()).clamp(max=1.0)  # zeros lie some 2 pi apart: never farther than 1
         t = t - step
-        if bool((step.abs() < _CONVERGED**2 * t.abs()).all()):
+        if bool((step.abs() < _POLISHED * t.abs()).all()):
             break
     t = torch.complex(t.real, t.imag.abs())
     found = (step.abs() < _CONVERGED * t.abs()) & (t.abs() < sums.reach)

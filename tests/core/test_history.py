@@ -103,6 +103,26 @@ def test_what_thinning_leaves_is_evenly_spread_over_the_run(long_history: RunHis
     assert steps[-1] > 99_900
 
 
+def test_radii_that_bind_are_kept_step_by_step_and_bounded():
+    history = RunHistory()
+    for step in range(0, 300_000, 10):
+        for radius, value in (("output", 0.1), ("attention", 1e-6 * step)):
+            history.record(Series("redline_binding_step_size", (radius,)), step, value)
+        if step == 90:
+            assert history.binding == [(at, {"output": 0.1, "attention": 1e-6 * at}) for at in range(0, 100, 10)]
+    steps = [step for step, _ in history.binding]
+    assert 1000 < len(steps) <= 8192
+    assert len({later - earlier for earlier, later in pairwise(steps)}) == 1
+    assert steps[-1] > 299_900
+    assert all(sizes == {"output": 0.1, "attention": 1e-6 * step} for step, sizes in history.binding)
+    resumed = RunHistory()
+    resumed.load_state_dict(json.loads(json.dumps(history.state_dict())))
+    for one in (history, resumed):
+        for step in range(300_000, 300_200, 10):
+            one.record(Series("redline_binding_step_size", ("output",)), step, 0.2)
+    assert resumed.binding == history.binding
+
+
 # Not finite ----------------------------------------------------------------------------------------------------------
 
 

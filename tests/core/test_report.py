@@ -43,9 +43,9 @@ def report_of(
     history = RunHistory()
     for step, value in enumerate(step_sizes):
         history.record(Series(R), step, value)
-    for key, course in (courses or {}).items():
-        for step, value in course:
-            history.record(series(key), step, value)
+    given = [(step, key, value) for key, course in (courses or {}).items() for step, value in course]
+    for step, key, value in sorted(given, key=lambda one: one[0]):  # as they come in a run
+        history.record(series(key), step, value)
     last = {series(key): value for key, value in (values or {}).items()}
     last[Series("redline_steps_total")] = float(len(step_sizes) if steps is None else steps)
     run = RunInfo("run-1", "0.1", "float32", "single", 1)
@@ -278,6 +278,29 @@ def test_steps_over_the_redline_that_were_held_are_told_from_those_that_were_not
     free = report_of([0.1, 5.0], interventions=[Tally("Guard", "withhold", 1, 1, 1, "")])
     assert [(one.level, one.text.split(":")[0]) for one in held.verdicts] == [("watch", "Over the redline, and held")]
     assert [(one.level, one.text.split(":")[0]) for one in free.verdicts] == [("bad", "Over the redline")]
+
+
+BINDING, ACTIVATION = "redline_binding_step_size", "redline_activation_step_size"
+
+
+def test_which_radius_binds_in_each_quarter():
+    report = report_of(
+        values={(ACTIVATION, "relu"): 0.3, (ACTIVATION, "relu#2"): 0.7, (ACTIVATION, "silu"): 0.5},
+        courses={
+            (BINDING, "output"): [(0, 0.1), (9, 0.2), (10, 0.9), (30, 0.5), (31, NAN), (39, INF)],
+            (BINDING, "activation"): [(0, 0.4), (9, 0.1), (10, 0.8), (30, 0.6), (31, 0.9), (39, 0.7)],
+        },
+        steps=40,
+    )
+    output, activation = report.binding
+    assert (output.radius, output.shares) == ("output", (0.5, 1.0, None, 0.5))
+    assert (activation.radius, activation.shares) == ("activation", (0.5, 0.0, None, 0.5))
+    assert (output.highest, output.highest_step, output.layer) == (0.9, 10, None)
+    assert (activation.highest, activation.highest_step, activation.layer) == (0.9, 31, "relu#2")
+
+
+def test_of_a_single_radius_nothing_is_said_to_bind():
+    assert report_of(courses={(BINDING, "output"): [(0, 0.1)]}, steps=1).binding == ()
 
 
 def test_the_report_is_plain_data():
