@@ -36,9 +36,9 @@ class StepClamp(RadiusController):
         Args:
             max_r: the longest step allowed, in radii; 1, the default, is the redline.
             radius: "bound" measures by ``pi / spread``, which is safe but short, so that healthy steps may be
-                shortened, too; "exact" by the nearest complex zero itself, which costs a search where the bound alone does not
-                clear the step, and on an accelerator a wait for it. Where the search ends without a proof, the proven
-                part of the radius counts.
+                shortened, too; "exact" by the nearest complex zero itself, which costs a search where the bound alone
+                does not clear the step, and on an accelerator a wait for it. Where the search ends without a proof, the
+                proven part of the radius counts.
             reduction: "max" over the samples, as in the paper, or a quantile in (0, 1] of them: below 1 the most
                 fragile samples no longer hold the step back, nor are they protected. Of the bound only.
             max_samples: the most samples of the batch to measure on; None for all. A maximum over fewer is an estimate

@@ -126,8 +126,8 @@ class Step:
     def tangent(self, max_samples: int | None, remember: int = 0) -> StepTangent | None:
         """The logit tangent along the update, or None where it cannot be taken (a note says why).
 
-        Only for those who declared ``Need.TANGENT``. ``max_samples``: of the batch; None for all. ``remember``: how many
-        of the samples that bound lately are measured besides, where that is a sub-sample.
+        Only for those who declared ``Need.TANGENT``. ``max_samples``: of the batch; None for all. ``remember``: of the
+        samples that bound lately, how many are measured besides, where that is a sub-sample.
         """
         asked = max_samples, remember
         if asked not in self._tangents:

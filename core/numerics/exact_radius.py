@@ -2,8 +2,8 @@
 
 Rings are searched outward from a radius within which there is provably no zero. On each, zeros are counted by the
 argument principle and looked for by Newton's iteration; one found at ``rho`` is the nearest if none is counted within
-``(1 - 5e-7) rho``. The method is Redline's own: the paper (*Ghosts of Softmax*, arXiv 2603.13552, section 4) defines the
-radius for any number of classes, and gives it for two.
+``(1 - 5e-7) rho``. The method is Redline's own: the paper (*Ghosts of Softmax*, arXiv 2603.13552, section 4) defines
+the radius for any number of classes, and gives it for two.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _intervals(z: Tensor, a: Tensor, limit: float = math.inf) -> RadiusInterval:
 
 
 def _search(log_p: Tensor, a: Tensor, limit: Tensor) -> RadiusInterval:
-    """Rows ``(n, classes)`` of log-probabilities, and of tangents in [-1/2, 1/2]; no farther than ``limit``, ``(n,)``."""
+    """Rows ``(n, classes)`` of log-probabilities and of tangents in [-1/2, 1/2], no farther than ``limit``, ``(n,)``."""
     lower = torch.full_like(limit, math.pi)
     zero = limit.clone()  # modulus of the nearest zero found; where none is, the limit stands for it
     ceiling = torch.full_like(limit, math.inf)  # a circle within which zeros were counted

@@ -106,7 +106,7 @@ class ExponentialSums:
 
 
 def _powers(t: Tensor, derivatives: int) -> Tensor:
-    """``t^j`` for the terms ``j`` and its derivatives, ``(points, terms, derivatives)``; the first is ``t^j`` itself."""
+    """``t^j`` for the terms ``j`` and its derivatives, ``(points, terms, derivatives)``, the power itself first."""
     one = torch.ones_like(t)[:, None]
     columns = [torch.cat([one, t[:, None].expand(-1, _TERMS - 1)], dim=1).cumprod(1)]
     j = torch.arange(1, _TERMS, device=t.device)

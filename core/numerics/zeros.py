@@ -72,7 +72,7 @@ def count_zeros(sums: ExponentialSums, rows: Tensor, radius: Tensor) -> Ring:
 
 
 def _arcs(radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Upper half-circles in arcs of length 2 at most: the circle each belongs to, where it begins and ends (radians)."""
+    """Upper half-circles in arcs of length 2 at most: the circle of each, where it begins and where it ends (radians)."""
     arcs = (radius * math.pi / 2).ceil().clamp(min=4).long()
     of = torch.repeat_interleave(torch.arange(len(radius), device=radius.device), arcs)
     place = torch.arange(len(of), dtype=radius.dtype, device=radius.device) - (arcs.cumsum(0) - arcs)[of]
@@ -90,7 +90,7 @@ def _nearest(of: Tensor, points: Tensor, distance: Tensor, n: int) -> tuple[Tens
 
 
 def find_zeros(sums: ExponentialSums, rows: Tensor, start: Tensor) -> Tensor:
-    """Newton's iteration from ``start``, ``(points,)`` complex: zeros of the upper half-plane, NaN where there is none."""
+    """Newton's iteration from ``start``, ``(points,)`` complex: zeros in the upper half-plane, NaN for want of one."""
     t = start
     step = torch.full_like(t, math.inf)
     for _ in range(_STEPS):

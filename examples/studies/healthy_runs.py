@@ -1,8 +1,8 @@
 """What protection costs a run that needs none: the clamp by the bound and by the exact radius, without any spike.
 
 The models of the spike grid, full batch, 200 steps, with Adam, AdamW and an optimizer that steps by signs. A clamp
-should leave such runs alone: judged is the median over the seeds against that of plain training, in standard deviations of
-plain training over its seeds. The paper (arXiv 2603.13552) has no such runs; it leaves the exact radius open.
+should leave such runs alone: judged is the median over the seeds against that of plain training, in standard deviations
+of plain training over its seeds. The paper (arXiv 2603.13552) has no such runs; it leaves the exact radius open.
 """
 
 import statistics
@@ -110,8 +110,8 @@ def claims(results: list[Result]) -> list[Claim]:
             Claim(
                 claim,
                 published,
-                f"{len(costs)} of {len(worst)} medians over {seeds} seeds are worse by more than one standard deviation; "
-                f"the worst is {most}: {worst[most]:+.1f}",
+                f"{len(costs)} of {len(worst)} medians over {seeds} seeds are worse by more than one standard "
+                f"deviation; the worst is {most}: {worst[most]:+.1f}",
                 ("holds" if costs else "does not hold here")
                 if arm == "bound"
                 else "holds"
