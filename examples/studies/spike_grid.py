@@ -22,7 +22,7 @@ PUBLISHED = {  # final test accuracy at x10,000
 
 def cases(quick: bool) -> list[Case]:
     seeds, steps = (1, 100) if quick else (5, 200)
-    models = ("Transformer", "MLP+LN") if quick else tuple(reversed(MODELS))
+    models = ("Transformer", "MLP+LN") if quick else tuple(MODELS)
     severities = (10_000,) if quick else SEVERITIES
     spikes = [(1, False), *((severity, False) for severity in severities), (10_000, True)]
     return [
@@ -32,7 +32,7 @@ def cases(quick: bool) -> list[Case]:
         for arm in ARMS
         for seed in range(seeds)
         if severity > 1 or arm != "clip"
-        if not (model == "CNN+BN" and severity in (10, 1_000))  # the slowest by far
+        if model != "CNN+BN" or (severity in (1, 10_000) and not held)  # the slowest by far
     ]
 
 
