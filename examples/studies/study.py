@@ -105,6 +105,7 @@ class Study:
         results = {_key(case): done[_key(case)] for case in cases if _key(case) in done}
         if results:
             rich.print(f"{len(results)} of {len(cases)} cases are read from {kept}; --again runs them anew.")
+        earlier = json.loads(kept.read_text()).get("minutes", 0.0) if results else 0.0
         seconds = time.time()
         for case, outcome in self._run([case for case in cases if _key(case) not in results], options.processes):
             results[_key(case)] = {**case, **outcome}
@@ -124,7 +125,7 @@ class Study:
             "command": command,
             "machine": describe(),
             "date": date.today().isoformat(),
-            "minutes": round(seconds / 60, 1),
+            "minutes": round(earlier + seconds / 60, 1),
             "cases": len(cases),
             "table": asdict(table),
             "claims": [asdict(claim) for claim in claims],
