@@ -83,11 +83,10 @@ class StepTangent:
         r = by_sample(self.spread / math.pi, self.samples, self.batch_dim)
         if r is None:
             return None
-        exact_r = None
-        if self._exact is not None:
-            exact_r = by_sample((1 / self._exact[1].radii).nan_to_num(nan=-1), self.samples, self.batch_dim)
-            exact_r = exact_r.masked_fill(exact_r < 0, math.nan)
-        return StepMargins(step, self.index, r, exact_r)
+        if self._exact is None:
+            return StepMargins(step, self.index, r, None)
+        exact_r = by_sample((1 / self._exact[1].radii).nan_to_num(nan=-1), self.samples, self.batch_dim)
+        return StepMargins(step, self.index, r, None if exact_r is None else exact_r.masked_fill(exact_r < 0, math.nan))
 
 
 class TangentProbe:

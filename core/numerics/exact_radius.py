@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from redline.numerics.exponential_sums import ExponentialSums
-from redline.numerics.radii import ghost_radius
+from redline.numerics.radii import binary_ghost_radius, ghost_radius
 from redline.numerics.zeros import count_zeros, find_zeros
 
 _TOLERANCE = 1e-6  # relative, of an interval that counts as closed
 _GROWTH = 1.5  # from ring to ring while no zero is in sight
 _NEAR = 4.0  # from the certified radius a zero is at once taken for the nearest
 _REACH = 16.0  # of the first sums, in units of 1 / spread: most nearest zeros lie within it
-_FARTHEST = 2e4  # in these units; farther out an interval stays open above
+_FARTHEST = 1024.0  # in these units; farther out an interval stays open above, since rings get costly
 _ROUNDS = 64  # of rings, until an interval is left as wide as it is
 _CLEAR = 0.999  # below it a score clears a position, rounding in float32 allowed for
 _AT_A_TIME = 1 << 22  # logits worked on at a time, to bound memory
@@ -34,7 +34,7 @@ class RadiusInterval(NamedTuple):
     Attributes:
         lower: no zero lies nearer; NaN where an entry of the row was.
         upper: a zero lies within it; infinite where none was found. Wider than 1e-6 the interval is only at zeros of
-            higher multiplicity, at such as lie farther than 16,000 / spread, and where a budget was spent.
+            higher multiplicity, at such as lie farther than 1,000 / spread, and where a budget was spent.
     """
 
     lower: Tensor
@@ -54,7 +54,8 @@ def exact_ghost_radius(logits: Tensor, tangent: Tensor) -> Tensor:
     Returns:
         ``(...)``, in units of the vector that the tangent was taken along, in the wider of the two dtypes, float32 at
         least; infinite where the spread is 0, NaN where an entry is. Relative error 1e-6 in float64; at a zero of
-        multiplicity m about the m-th root of machine precision. Where only an interval is known, its safe lower end.
+        multiplicity m about the m-th root of machine precision. Where only an interval is known, its safe lower end:
+        of zeros farther than about 1,000 / spread, as where logits lie 1,000 apart, it is that.
     """
     lower, upper = ghost_radius_interval(logits, tangent)
     dtype = torch.promote_types(torch.promote_types(logits.dtype, tangent.dtype), torch.float32)
@@ -169,6 +170,10 @@ def _score(z: Tensor, a: Tensor, rows: Tensor, radius: float) -> Tensor:
 def _intervals(z: Tensor, a: Tensor, limit: float = math.inf) -> RadiusInterval:
     """Rows ``(n, classes)``, searched no farther than ``limit``."""
     z, a = z.double(), a.double()
+    if z.shape[1] == 2:
+        radius = binary_ghost_radius(z[:, 1] - z[:, 0], a[:, 1] - a[:, 0])
+        radius = torch.where(((z < math.inf) & (a.abs() < math.inf)).all(1), radius, math.nan)
+        return RadiusInterval(radius, torch.where(radius < limit, radius, math.inf))
     there = z != -math.inf
     top, bottom = torch.where(there, a, -math.inf).amax(1), torch.where(there, a, math.inf).amin(1)
     spread, middle = top - bottom, (top + bottom) / 2
@@ -185,7 +190,7 @@ def _intervals(z: Tensor, a: Tensor, limit: float = math.inf) -> RadiusInterval:
 
 
 def _search(log_p: Tensor, a: Tensor, limit: Tensor) -> RadiusInterval:
-    """Rows ``(n, classes)`` of log-probabilities and of tangents in [-1/2, 1/2], no farther than ``limit``, ``(n,)``."""
+    """Rows ``(n, classes)`` of log-probabilities and tangents in [-1/2, 1/2], no farther than ``limit``, ``(n,)``."""
     lower = torch.full_like(limit, math.pi)
     zero = limit.clone()  # modulus of the nearest zero found; where none is, the limit stands for it
     ceiling = torch.full_like(limit, math.inf)  # a circle within which zeros were counted

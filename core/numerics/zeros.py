@@ -68,11 +68,12 @@ def count_zeros(sums: ExponentialSums, rows: Tensor, radius: Tensor) -> Ring:
         at_begin, at_end = torch.cat([at_begin[rest], at.value[rest]]), torch.cat([at.value[rest], at_end[rest]])
     decided[of] = False
     zeros = (turned / (2 * math.pi)).round().long()
-    return Ring(zeros, decided, _nearest(*(torch.cat(column) for column in zip(*near, strict=True)), len(rows)))
+    of, points, distance = (torch.cat(column) for column in zip(*near, strict=True))
+    return Ring(zeros, decided, _nearest(of, points, distance, len(rows)))
 
 
 def _arcs(radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Upper half-circles in arcs of length 2 at most: the circle of each, where it begins and where it ends (radians)."""
+    """Upper half-circles in arcs of length 2 at most: the circle of each, its beginning and its end in radians."""
     arcs = (radius * math.pi / 2).ceil().clamp(min=4).long()
     of = torch.repeat_interleave(torch.arange(len(radius), device=radius.device), arcs)
     place = torch.arange(len(of), dtype=radius.dtype, device=radius.device) - (arcs.cumsum(0) - arcs)[of]

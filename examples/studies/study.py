@@ -100,50 +100,52 @@ class Study:
         options = parser.parse_args(arguments)
         options.out.mkdir(parents=True, exist_ok=True)
         kept = options.out / f"{self.name}.json"
-        cases = self.cases(options.quick)
-        done = _read(kept) if kept.exists() and not options.again else {}
-        results = {_key(case): done[_key(case)] for case in cases if _key(case) in done}
-        if results:
-            rich.print(f"{len(results)} of {len(cases)} cases are read from {kept}; --again runs them anew.")
-        earlier = json.loads(kept.read_text()).get("minutes", 0.0) if results else 0.0
-        seconds = time.time()
-        for case, outcome in self._run([case for case in cases if _key(case) not in results], options.processes):
-            results[_key(case)] = {**case, **outcome}
-            kept.write_text(json.dumps({"results": list(results.values()), "keys": list(results)}))
-        seconds = time.time() - seconds
-
-        ordered = [results[_key(case)] for case in cases]
-        table, claims = self.table(ordered), self.claims(ordered)
+        results, minutes = self._measure(self.cases(options.quick), kept, options)
+        table, claims = self.table(results), self.claims(results)
         rich.print(table)
         for claim in claims:
             rich.print(f"[bold]{claim.verdict}[/]: {claim.claim} Published: {claim.published}. Here: {claim.measured}.")
-        self._draw(ordered, options.out / f"{self.name}.png")
-        command = f"python examples/studies/{self.name}.py{' --quick' if options.quick else ''} --out {options.out}"
+        self._draw(results, kept.with_suffix(".png"))
         page = {
             "title": self.title,
             "source": self.source,
-            "command": command,
+            "command": f"python examples/studies/{self.name}.py{' --quick' * options.quick} --out {options.out}",
             "machine": describe(),
             "date": date.today().isoformat(),
-            "minutes": round(earlier + seconds / 60, 1),
-            "cases": len(cases),
+            "minutes": round(minutes, 1),
             "table": asdict(table),
             "claims": [asdict(claim) for claim in claims],
-            "results": ordered,
-            "keys": [_key(case) for case in cases],
         }
-        kept.write_text(json.dumps(page, indent=1) + "\n")
+        _write(kept, page, results)
         rich.print(f"Results and plot: {kept}, {kept.with_suffix('.png')}")
 
-    def _run(self, cases: list[Case], processes: int) -> Iterator[tuple[Case, dict[str, Any]]]:
+    def _measure(self, cases: list[Case], kept: Path, options: argparse.Namespace) -> tuple[list[Result], float]:
+        """Results of all cases in order, those on disk among them, and the minutes that all of them took."""
+        page = json.loads(kept.read_text()) if kept.exists() and not options.again else {}
+        known = [next(iter(select(page.get("results", []), **case)), None) for case in cases]
+        minutes = page.get("minutes", 0.0) if any(known) else 0.0
+        if any(known):
+            rich.print(f"{len(cases) - known.count(None)} of {len(cases)} cases are read from {kept}; --again: anew.")
+        started = time.time()
+        for place, outcome in self._run(cases, [place for place, one in enumerate(known) if one is None], options):
+            known[place] = {**cases[place], **outcome}
+            done = minutes + (time.time() - started) / 60
+            _write(kept, {"minutes": done}, [one for one in known if one is not None])
+        return [one for one in known if one is not None], minutes + (time.time() - started) / 60
+
+    def _run(
+        self, cases: list[Case], places: list[int], options: argparse.Namespace
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Run the cases at these places side by side; each place and its outcome, as they come."""
         columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn())
+        spawned = multiprocessing.get_context("spawn")
         with (
-            ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool,
+            ProcessPoolExecutor(options.processes, spawned, torch.set_num_threads, (1,)) as pool,
             Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress,
         ):
-            waiting = {pool.submit(self.run, **case): case for case in cases}
+            waiting = {pool.submit(self.run, **cases[place]): place for place in places}
             try:
-                for future in progress.track(as_completed(waiting), total=len(cases), description=self.name):
+                for future in progress.track(as_completed(waiting), total=len(places), description=self.name):
                     yield waiting[future], future.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
@@ -163,13 +165,11 @@ class Study:
 
 def select(results: list[Result], **where: Any) -> list[Result]:
     """The results of which all these hold."""
-    return [one for one in results if all(one[name] == value for name, value in where.items())]
+    return [one for one in results if all(name in one and one[name] == value for name, value in where.items())]
 
 
-def _key(case: Case) -> str:
-    return ", ".join(f"{name}={value}" for name, value in case.items())
-
-
-def _read(kept: Path) -> dict[str, Result]:
-    page = json.loads(kept.read_text())
-    return dict(zip(page["keys"], page["results"], strict=True))
+def _write(path: Path, page: dict[str, Any], results: list[Result]) -> None:
+    """A result a line."""
+    head = json.dumps(page, indent=1)[:-2]
+    lines = ",\n".join(f"  {json.dumps(one)}" for one in results)
+    path.write_text(f'{head},\n "results": [\n{lines}\n ]\n}}\n')

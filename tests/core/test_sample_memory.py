@@ -20,7 +20,7 @@ from torch.func import functional_call, jvp
 import redline
 from redline import ConfigurationError, GhostRadius, StepClamp
 
-FEATURES, CLASSES, BATCH, OUTLIER = 5, 4, 16, 4  # of 16, four are measured: 0, 4, 8 and 12
+FEATURES, CLASSES, BATCH, OUTLIER = 5, 5, 16, 4  # of 16, four are measured: 0, 4, 8 and 12
 R, SAMPLES, OF = "redline_normalized_step_size", "redline_tangent_samples", "redline_batch_samples"
 
 
@@ -32,7 +32,7 @@ class Net(nn.Module):
         self.body, self.dropout, self.head = nn.Linear(FEATURES, 8), nn.Dropout(dropout), nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
-        z = self.head(self.dropout(F.leaky_relu(self.body(x), 0.3)))
+        z = self.head(self.dropout(F.leaky_relu(self.body(x.to(self.head.weight.dtype)), 0.3)))
         return z if bias is None else z + bias
 
 
@@ -75,8 +75,7 @@ class Loop:
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_the_outlier_is_measured_again_where_it_is_remembered(every: int) -> None:
-    watched = Loop(GhostRadius(every, max_samples=4, remember=1))
-    forgetful = Loop(GhostRadius(every, max_samples=4, remember=0))
+    watched, forgetful = (Loop(GhostRadius(every, max_samples=4, remember=most)) for most in (1, 0))
     outlier = batch(0, outlier=True)[OUTLIER]
     for seed in range(0, 6 * every):
         for loop in (watched, forgetful):
@@ -84,8 +83,7 @@ def test_the_outlier_is_measured_again_where_it_is_remembered(every: int) -> Non
         if seed % every:
             continue
         assert watched.reads() == pytest.approx(watched.r(outlier), rel=1e-4)
-        assert watched.reads(SAMPLES) == (5 if seed else 4)
-        assert forgetful.reads(SAMPLES) == 4
+        assert (watched.reads(SAMPLES), forgetful.reads(SAMPLES)) == (5 if seed else 4, 4)
         assert watched.reads(OF) == forgetful.reads(OF) == BATCH
         assert watched.session.margins.samples.tolist() == ([0, 4, 8, 12, -1] if seed else [0, 4, 8, 12])
         first = watched.session.margins.most_fragile(1)[0]
@@ -120,14 +118,9 @@ def test_the_whole_batch_is_joined_by_nothing() -> None:
     assert loop.reads() == pytest.approx(loop.r(outlier), rel=1e-4)
 
 
-class Casting(Net):
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x.to(self.head.weight.dtype))
-
-
 @pytest.mark.parametrize("change", ["length", "dtype"])
 def test_batches_of_another_kind_are_measured_by_themselves(change: str) -> None:
-    loop, counts = Loop(GhostRadius(1, max_samples=4, remember=1), model=Casting), []
+    loop, counts = Loop(GhostRadius(1, max_samples=4, remember=1)), []
     for seed in range(4):
         x = batch(seed, BATCH, 2 if change == "length" and seed >= 2 else 3)
         x = x.double() if change == "dtype" and seed >= 2 else x
@@ -140,39 +133,32 @@ def test_batches_of_another_kind_are_measured_by_themselves(change: str) -> None
     assert loop.session.notes == ()
 
 
-@pytest.mark.parametrize("shared", [(CLASSES,), (1,), ()], ids=str)
-def test_keyword_inputs_and_those_that_are_the_same_for_all_samples(shared: tuple[int, ...]) -> None:
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = Net()
+ENDS = pytest.mark.xfail(strict=True, reason="bug: an input that is kept but never cut ends the memory")
+AS_LONG = pytest.param((CLASSES,), 4, 1, marks=ENDS)
 
-        def forward(self, *, inputs: dict[str, Tensor], bias: Tensor, scale: float) -> Tensor:
-            return scale * self.net(inputs["x"] + inputs["y"], bias=bias)
 
-    loop = Loop(GhostRadius(1, max_samples=5, remember=1), model=Outer)
-    plain = Loop(GhostRadius(1, max_samples=5, remember=1))
-    bias = torch.zeros(shared)
-    for seed in range(3):
-        x = batch(seed)
-        x[0] *= 1 if seed else 9  # place 0 is in any sub-sample
-        loop.step(x.clone(), lambda model, x: model(inputs={"x": x / 2, "y": x / 2}, bias=bias, scale=1.0))
-        plain.step(x)
-        assert loop.reads(SAMPLES) == plain.reads(SAMPLES) == (6 if seed else 5)
-        assert loop.reads() == pytest.approx(plain.reads(), rel=1e-4)
+@pytest.mark.parametrize(
+    ("shared", "measured", "kept"), [((CLASSES,), 4, 2), ((1,), 4, 1), ((), 4, 1), AS_LONG], ids=str
+)
+def test_keyword_inputs_and_those_that_are_no_samples(shared: tuple[int, ...], measured: int, kept: int) -> None:
+    """Also one as long as what is measured, the kept among it."""
+    loop, outlier = Loop(GhostRadius(1, max_samples=measured, remember=kept)), batch(0, outlier=True)[OUTLIER]
+    for seed in range(4):
+        loop.step(batch(seed, outlier=seed == 0), lambda model, x: model(x=x, bias=torch.zeros(shared)))
+        assert loop.reads(SAMPLES) == (measured + kept if seed else measured)
+        assert loop.reads() == pytest.approx(loop.r(outlier), rel=1e-4)
     assert loop.session.notes == ()
 
 
-@pytest.mark.xfail(strict=True, reason="bug: kept, but not cut, it is taken for one of the batch's inputs next time")
-def test_an_input_that_happens_to_be_as_long_as_what_was_measured() -> None:
-    class Weighted(Net):
-        def forward(self, x: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
-            return super().forward(x) + 0 * weights.sum()
-
-    loop = Loop(GhostRadius(1, max_samples=4, remember=1), model=Weighted)
+@pytest.mark.xfail(strict=True, reason="bug: all who measure keep their samples in one memory")
+def test_a_monitor_of_other_samples_does_not_alter_what_the_clamp_does() -> None:
+    runs = [Loop(*monitors, controllers=[StepClamp(1e-4, max_samples=4)]) for monitors in ([], [GhostRadius(2)])]
     for seed in range(4):
-        loop.step(batch(seed, outlier=seed == 0), lambda model, x: model(x, torch.ones(5)))
-        assert loop.reads(SAMPLES) == (5 if seed else 4)
+        for loop in runs:
+            loop.step(batch(seed, 64))
+    alone, watched = ([one.saw["r"] for one in loop.session.interventions] for loop in runs)
+    assert len(alone) == 4
+    assert watched == alone
 
 
 @pytest.mark.xfail(strict=True, reason="bug: a sample that is remembered and comes again is kept twice, and so on")
@@ -196,8 +182,8 @@ def test_watching_with_a_memory_changes_no_bit() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
 
 
-def clamped() -> Loop:
-    return Loop(controllers=[StepClamp(0.01, max_samples=8, remember=3)])
+def clamped(radius: Any) -> Loop:
+    return Loop(controllers=[StepClamp(3e-4, radius=radius, max_samples=8, remember=3)])
 
 
 def run(loop: Loop, first: int, last: int) -> list[Tensor]:
@@ -206,24 +192,25 @@ def run(loop: Loop, first: int, last: int) -> list[Tensor]:
     return [p.detach().clone() for p in loop.model.parameters()]
 
 
-@pytest.mark.parametrize("cut", [1, 3, 7])
-def test_a_run_that_was_cut_equals_one_that_was_not(cut: int) -> None:
-    through = clamped()
+@pytest.mark.parametrize(("cut", "radius"), [(3, "bound"), (7, "bound"), (3, "exact"), (7, "exact")])
+def test_a_run_that_was_cut_equals_one_that_was_not(cut: int, radius: Any) -> None:
+    through = clamped(radius)
     whole = run(through, 0, 12)
-    first, file = clamped(), io.BytesIO()
+    first, file = clamped(radius), io.BytesIO()
     run(first, 0, cut)
     torch.save([first.model.state_dict(), first.session.state_dict()], file)
     file.seek(0)
     states, resumed = torch.load(file, weights_only=True), []
     for forget in (False, True):
-        second = clamped()
+        second = clamped(radius)
         second.model.load_state_dict(states[0])
         second.session.load_state_dict(states[1])
         if forget:
-            second.session.load_state_dict({**states[1], "probe": clamped().session.state_dict()["probe"]})
+            second.session.load_state_dict({**states[1], "probe": clamped(radius).session.state_dict()["probe"]})
         resumed.append(run(second, cut, 12))
-    assert all(torch.equal(one, other) for one, other in zip(whole, resumed[0], strict=True))
-    assert cut == 1 or not all(torch.equal(one, other) for one, other in zip(whole, resumed[1], strict=True))
+    assert through.session.interventions
+    equal = [all(torch.equal(one, other) for one, other in zip(whole, end, strict=True)) for end in resumed]
+    assert equal == [True, False]
 
 
 @pytest.mark.parametrize("plugin", [GhostRadius, StepClamp, redline.RadiusLR])

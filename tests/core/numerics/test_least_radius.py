@@ -46,15 +46,13 @@ def at_most(seconds: float) -> Iterator[None]:
     """A search that never ends fails."""
 
     def stop(*_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def assert_least(found: LeastRadius, least: float, rel: float) -> None:
@@ -135,16 +133,10 @@ def test_a_position_that_is_nan(which: str) -> None:
     for tensor in {"logits": [z], "tangent": [a], "both": [z, a]}[which]:
         tensor[3, 1] = math.nan
     a[3] *= 100  # the first to be looked at
-    found = least_ghost_radius(z, a)
-    assert math.isnan(found.lower)
+    assert math.isnan(least_ghost_radius(z, a).lower)
+    assert math.isnan(least_ghost_radius(z, a, within=1e-3).lower) or which == "logits"
     masked = least_ghost_radius(z, a, counts)
     assert (float(masked.lower), float(masked.upper)) == (float(expected.lower), float(expected.upper))
-
-
-def test_a_position_that_is_nan_is_so_within_any_radius_and_among_shorter_ones() -> None:
-    z, a = positions((9, 4), 1.0)
-    a[3, 1] = math.nan
-    assert math.isnan(least_ghost_radius(z, a, within=1e-3).lower)
 
 
 def test_tangents_of_0() -> None:
@@ -193,7 +185,6 @@ def test_of_4096_positions_few_are_searched(scale: float, seed: int) -> None:
 @pytest.mark.xfail(strict=True, raises=TimeoutError, reason="bug: from a bound of 0 it never gets any farther")
 @pytest.mark.parametrize("within", [math.inf, 1.0])
 def test_a_tangent_that_is_infinite_ends(within: float) -> None:
-    """It leaves no radius at all, or one that cannot be told."""
     z, a = positions((6, 5), 1.0)
     a[2, 1] = math.inf
     with at_most(2):
