@@ -23,9 +23,9 @@ STUDIES = (
 def render() -> str:
     """The page."""
     pages = {name: json.loads((DOCS / "evidence" / f"{name}.json").read_text()) for name in STUDIES}
-    claims = [claim for page in pages.values() for claim in page["claims"]]
+    claims = [(name, claim) for name, page in pages.items() for claim in page["claims"]]
     verdicts = ("holds", "holds in part", "does not hold here")
-    counts = ", ".join(f"{sum(one['verdict'] == verdict for one in claims)} {verdict}" for verdict in verdicts)
+    counts = ", ".join(f"{sum(one['verdict'] == verdict for _, one in claims)} {verdict}" for verdict in verdicts)
     return "\n".join(
         [
             "# Evidence: what was published, measured again",
@@ -38,8 +38,7 @@ def render() -> str:
             "|---|---|---|---|",
             *(
                 _row(f"{one['claim']} ([{name}](#{name}))", one["published"], one["measured"], f"**{one['verdict']}**")
-                for name, page in pages.items()
-                for one in page["claims"]
+                for name, one in claims
             ),
             "",
             "Two more comparisons stand elsewhere: training [without a learning rate]"

@@ -15,12 +15,10 @@ SHORT = {
     "bad_batches.py": ["--quick"],
     "radius_lr.py": ["--quick"],
     "width_transfer.py": ["--quick"],
-    "lr_spike.py": ["--quick"],
 }
 SAYS = {
     "plain_loop.py": "The longest step had r = ",
     "lightning_digits.py": "Test accuracy ",
-    "lr_spike.py": "x1,000, held to the end",
     "bad_batches.py": "one NaN among the inputs, one batch",
     "radius_lr.py": "points above the best",
     "width_transfer.py": "Top singular values: ",

@@ -1,8 +1,8 @@
 """A rate a thousand times too high, on the byte-level language model: with the clamp the run goes on, without it dies.
 
 Each optimizer trains one run up to the spike; the courses that are compared go on from copies of it, on the same
-batches. The grid of published figures is examples/lr_spike.py; its short form is held to here, in plain PyTorch and in
-Lightning.
+batches. The grid of published figures is examples/studies/spike_grid.py; a short form is held to here, in plain PyTorch
+and in Lightning.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from redline.integrations.demo.models import ByteLM
 from redline.integrations.lightning import RedlineCallback
 
 SPIKE_AT, SEVERITY = 200, 1000.0
+STEPS = 120  # of the grid
 
 
 def sgd(model: nn.Module) -> list[Optimizer]:
@@ -132,38 +133,31 @@ def is_lost(loss: float, before: float) -> bool:
 
 
 @pytest.fixture(scope="module")
-def lr_spike(load_example: Any) -> Any:
-    return load_example("lr_spike")
-
-
-class Options(NamedTuple):
-    lr: float = 0.015
-    steps: int = 120
-    samples: int | None = None
-    reduction: float = 1.0
+def spiked(load_example: Any) -> Any:
+    return load_example("studies/spiked")
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["one step", "held to the end"])
-@pytest.mark.parametrize("model", ["transformer", "mlp"])
-def test_clamp_keeps_the_accuracy_of_the_unspiked_twin(lr_spike: Any, model: str, held: bool) -> None:
-    options, make = Options(), lr_spike.MODELS[model]
-    spiked = range(50, options.steps if held else 51)
-    twin = lr_spike.train(make, 0, "plain", range(0), 1, options)
-    clamped = lr_spike.train(make, 0, "clamp", spiked, 10_000, options)
-    plain = lr_spike.train(make, 0, "plain", spiked, 10_000, options)
-    clipped = lr_spike.train(make, 0, "clip", spiked, 10_000, options)
-    assert clamped.accuracy > (0.92 if held else twin.accuracy - 0.015)
-    assert plain.accuracy < 0.75
-    assert clipped.accuracy < 0.75
+@pytest.mark.parametrize("model", ["Transformer", "MLP+LN"])
+def test_clamps_keep_the_accuracy_of_the_unspiked_twin(spiked: Any, model: str, held: bool) -> None:
+    twin = spiked.train(model, "plain", 0, steps=STEPS)["accuracy"]
+    found = {
+        arm: spiked.train(model, arm, 0, severity=10_000, held=held, steps=STEPS)["accuracy"] for arm in spiked.ARMS
+    }
+    for clamp in ("bound", "exact"):
+        assert found[clamp] > (0.92 if held else twin - 0.015)
+    assert found["plain"] < 0.75
+    assert found["clip"] < 0.75
 
 
-def test_convolutional_net_keeps_the_training_loss_of_its_twin(lr_spike: Any) -> None:
-    options, make = Options(steps=65), lr_spike.MODELS["cnn"]
-    twin = lr_spike.train(make, 0, "plain", range(0), 1, options)
-    clamped = lr_spike.train(make, 0, "clamp", range(50, 51), 10_000, options)
-    plain = lr_spike.train(make, 0, "plain", range(50, 51), 10_000, options)
-    assert clamped.loss < 1.1 * twin.loss
-    assert plain.loss > 10 * twin.loss
+def test_clamps_keep_the_training_loss_of_a_convolutional_nets_twin(spiked: Any) -> None:
+    twin = spiked.train("CNN+BN", "plain", 0, steps=65)["loss"]
+    found = {
+        arm: spiked.train("CNN+BN", arm, 0, severity=10_000, steps=65)["loss"] for arm in ("plain", "bound", "exact")
+    }
+    assert found["bound"] < 1.1 * twin
+    assert found["exact"] < 1.05 * twin
+    assert found["plain"] > 10 * twin
 
 
 class FullBatch(Dataset[Any]):
@@ -183,32 +177,30 @@ class FullBatch(Dataset[Any]):
 class Spiked(pl.LightningModule):
     """Adam whose rate is 10,000 times too high at step 50."""
 
-    def __init__(self, net: nn.Module, options: Options) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net, self.options = net, options
+        self.net = net
         self.last_loss = math.nan
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs, labels = batch
-        rate = self.options.lr * (10_000 if self.global_step == 50 else 1)
-        self.trainer.optimizers[0].param_groups[0]["lr"] = rate
+        self.trainer.optimizers[0].param_groups[0]["lr"] = 0.015 * (10_000 if self.global_step == 50 else 1)
         loss = F.cross_entropy(self.net(inputs), labels)
         self.last_loss = loss.item()
         return loss
 
     def configure_optimizers(self) -> Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.options.lr)
+        return torch.optim.Adam(self.parameters(), lr=0.015)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_lightning_callback_does_what_attach_does(lr_spike: Any) -> None:
-    options = Options()
-    expected = lr_spike.train(lr_spike.Transformer, 0, "clamp", range(50, 51), 10_000, options)
+def test_lightning_callback_does_what_attach_does(spiked: Any) -> None:
+    expected = spiked.train("Transformer", "bound", 0, severity=10_000, steps=STEPS)
     torch.manual_seed(0)
-    module = Spiked(lr_spike.Transformer(), options)
+    module = Spiked(spiked.MODELS["Transformer"]())
     callback = RedlineCallback(monitors=[], controllers=[redline.StepClamp(max_samples=None)])
     trainer = pl.Trainer(
-        max_steps=options.steps,
+        max_steps=STEPS,
         accelerator="cpu",
         callbacks=[callback],
         logger=False,
@@ -216,9 +208,9 @@ def test_lightning_callback_does_what_attach_does(lr_spike: Any) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(data := FullBatch(options.steps), batch_size=None))
+    trainer.fit(module, DataLoader(data := FullBatch(STEPS), batch_size=None))
     with torch.no_grad():
         accuracy = (module.net(data.test_inputs).argmax(-1) == data.test_labels).float().mean().item()
-    assert (accuracy, module.last_loss) == (expected.accuracy, expected.loss), "to the bit"
+    assert (accuracy, module.last_loss) == (expected["accuracy"], expected["loss"]), "to the bit"
     assert callback.session is not None
     assert {50} <= {one.step for one in callback.session.interventions}
