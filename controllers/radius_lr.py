@@ -12,6 +12,7 @@ from torch import Tensor
 from redline.controller import AfterUpdate, Number, RunOutline, Scale
 from redline.errors import ConfigurationError
 from redline.radius_controller import RadiusController
+from redline.sample_memory import MAX_SAMPLES, REMEMBER
 from redline.step import Step
 from redline.update_limits import UpdateLimits
 
@@ -45,8 +46,8 @@ class RadiusLR(RadiusController):
         max_update_to_weight: float | None = 0.3,
         max_growth: float | None = 1.02,
         reduction: Literal["max"] | float = "max",
-        max_samples: int | None = 32,
-        remember: int = 4,
+        max_samples: int | None = MAX_SAMPLES,
+        remember: int = REMEMBER,
     ) -> None:
         """Set the length.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from redline.controller import Number, Scale
 from redline.errors import ConfigurationError
 from redline.radius_controller import RadiusController
+from redline.sample_memory import MAX_SAMPLES, REMEMBER
 from redline.step import Step
 from redline.tangent_probe import StepTangent
 
@@ -28,8 +29,8 @@ class StepClamp(RadiusController):
         *,
         radius: Literal["bound", "exact"] = "bound",
         reduction: Literal["max"] | float = "max",
-        max_samples: int | None = 32,
-        remember: int = 4,
+        max_samples: int | None = MAX_SAMPLES,
+        remember: int = REMEMBER,
     ) -> None:
         """Set the limit.
 
@@ -62,13 +63,13 @@ class StepClamp(RadiusController):
             )
         self.max_r, self.radius = max_r, radius
 
-    def size(self, tangent: StepTangent, counts: Tensor) -> Tensor:
+    def size(self, tangent: StepTangent) -> Tensor:
         """``r`` by the radius asked for, 0-d; by the exact one only where the bound does not clear the step."""
-        r = super().size(tangent, counts)
+        r = super().size(tangent)
         if self.radius == "bound" or not bool((r > self.max_r) & r.isfinite()):
             return r
         within = 1 / self.max_r
-        radius = tangent.least_radius(counts, within).lower
+        radius = tangent.least_radius(within).lower
         exact = torch.where(radius >= within, r.clamp(max=self.max_r), (1 / radius).to(r))
         return torch.where(radius.isnan(), r, exact)
 

@@ -52,8 +52,9 @@ class StepMargins:
 
 
 def _fragility(one: SampleMargin) -> tuple[bool, float]:
-    """Where the exact radius was not needed, it was known to be larger than the least."""
-    return one.exact_r is not None, one.r if one.exact_r is None else one.exact_r
+    """Where the exact radius was not needed, it was known to be larger than the least; what is NaN comes first."""
+    r = one.r if one.exact_r is None else one.exact_r
+    return one.exact_r is not None or math.isnan(r), math.inf if math.isnan(r) else r
 
 
 def by_sample(values: Tensor, samples: int, batch_dim: int) -> Tensor | None:
@@ -64,6 +65,8 @@ def by_sample(values: Tensor, samples: int, batch_dim: int) -> Tensor | None:
         samples: in the batch.
         batch_dim: of the inputs.
     """
+    if not values.numel():
+        return None
     if values.dim() > batch_dim and values.shape[batch_dim] == samples:
         return values.movedim(batch_dim, 0).reshape(samples, -1).amax(1)
     if batch_dim == 0 and values.dim() and values.shape[0] % samples == 0:

@@ -12,6 +12,7 @@ from redline.controller import AfterUpdate, Controller, Reject, RunOutline, Scal
 from redline.errors import ConfigurationError
 from redline.monitor import Need
 from redline.numerics.radii import normalized_step_size
+from redline.sample_memory import check_sub_sample
 from redline.step import Step
 from redline.tangent_probe import StepTangent
 
@@ -35,12 +36,7 @@ class RadiusController(Controller):
             raise ConfigurationError(
                 f"got reduction={reduction!r}; expected 'max' or a quantile in (0, 1], such as 0.99."
             )
-        if max_samples is not None and max_samples < 1:
-            raise ConfigurationError(
-                f"got max_samples={max_samples}; expected at least 1, or None for the whole batch."
-            )
-        if remember < 0:
-            raise ConfigurationError(f"got remember={remember}; expected a number of samples, or 0 for none.")
+        check_sub_sample(max_samples, remember)
         self.max_samples, self.remember = max_samples, remember
         self._quantile = 1.0 if reduction == "max" else float(reduction)
         self._has_measured = False
@@ -49,9 +45,9 @@ class RadiusController(Controller):
     def scale(self, r: Tensor, step: Step) -> Scale:
         """What to do with a step of ``r``, 0-d on the device."""
 
-    def size(self, tangent: StepTangent, counts: Tensor) -> Tensor:
-        """``r`` over the positions ``counts``, 0-d."""
-        return normalized_step_size(tangent.tangent, counts, self._quantile)
+    def size(self, tangent: StepTangent) -> Tensor:
+        """``r``, 0-d."""
+        return normalized_step_size(tangent.tangent, tangent.told, self._quantile)
 
     def begin(self, run: RunOutline) -> None:
         """The first step has to be measurable."""
@@ -70,8 +66,7 @@ class RadiusController(Controller):
                 )
             return []
         self._has_measured = True
-        told = ~tangent.tangent.isnan().any(-1)
-        r = self.size(tangent, told if tangent.mask is None else told & tangent.mask)
+        r = self.size(tangent)
         return [
             Reject("the update was not finite (norm {update_norm:.3g}).", {"update_norm": tau}, ~tau.isfinite()),
             self.scale(r, step),

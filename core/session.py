@@ -176,8 +176,9 @@ class Session:
 
     @property
     def margins(self) -> StepMargins | None:
-        """How near each sample came to the redline at the last step measured; None before the first.
+        """How near each sample came to the redline at the last step measured, as it stood when first measured.
 
+        None before that, and where logits cannot be told by sample.
         ``session.margins.most_fragile()`` names the samples that bind, to look at the data behind a fragile step.
         """
         return self._margins
@@ -357,6 +358,7 @@ class Session:
         finally:
             self._discard()
             self._capture.forget()
+            self._probe.end_step()
             self._readings.count(metrics.STEPS)
             self._readings.gauge(metrics.LAST_STEP_TIMESTAMP, time.time())
             self._index += 1

@@ -64,18 +64,24 @@ class StepTangent:
         spread = tangent_spread(self.tangent)
         return spread if self.mask is None else torch.where(self.mask, spread, 0.0)
 
+    @cached_property
+    def told(self) -> Tensor:
+        """``(...)``, bool: positions that count, and of which neither logits nor tangent are NaN."""
+        told = ~(self.tangent.isnan() | self.logits.isnan()).any(-1)
+        return told if self.mask is None else told & self.mask
+
     @property
     def normalized_step_size(self) -> Tensor:
-        """``r`` over all positions that count, 0-d; over a sub-sample an estimate from below."""
-        return self.spread.amax() / math.pi
+        """``r`` over all positions that count, 0-d, 0 if there are none; over a sub-sample an estimate from below."""
+        return self.spread.amax() / math.pi if self.spread.numel() else self.spread.new_zeros(())
 
-    def least_radius(self, counts: Tensor | None, within: float = math.inf) -> LeastRadius:
-        """The least exact radius over the positions ``counts``, in steps; see ``least_ghost_radius``.
+    def least_radius(self, within: float = math.inf) -> LeastRadius:
+        """The least exact radius over the positions ``told``, in steps; see ``least_ghost_radius``.
 
         Waits for the device. What was found for a larger ``within`` is not searched for again.
         """
         if self._exact is None or within > self._exact[0]:
-            self._exact = within, least_ghost_radius(self.logits, self.tangent, counts, within=within)
+            self._exact = within, least_ghost_radius(self.logits, self.tangent, self.told, within=within)
         return self._exact[1]
 
     def margins(self, step: int) -> StepMargins | None:
@@ -106,7 +112,7 @@ class TangentProbe:
         self._method = "auto"
         self._checked = False
         self._whole_batch = False
-        self._memory = SampleMemory()
+        self._memories: dict[tuple[int, int], SampleMemory] = {}  # by max_samples and remember
 
     def measure(
         self,
@@ -155,8 +161,9 @@ class TangentProbe:
                 samples = batch if whole or max_samples is None else max_samples
                 index = torch.arange(samples) * batch // samples  # evenly spread
                 joined = 0
+                memory = self._memories.setdefault((samples, remember), SampleMemory())
                 if samples < batch:
-                    call, joined = self._memory.join(call, index, batch, self._batch_dim, remember)
+                    call, joined = memory.join(call, index, batch, self._batch_dim, remember)
                 index = torch.cat([index, torch.full((joined,), -1)])
                 taken = self._take(call, point, direction, layers)
                 seen = self._layers(taken, call.name) if layers else None
@@ -166,7 +173,7 @@ class TangentProbe:
                 if samples < batch and remember:
                     r = by_sample(found.spread, found.samples, self._batch_dim)
                     if r is not None:
-                        self._memory.keep(call, r, self._batch_dim, remember)
+                        memory.keep(call, r, self._batch_dim, remember)
                 return found
             except ConfigurationError:
                 raise
@@ -233,8 +240,9 @@ class TangentProbe:
             self._checked = True
             return taken
         reference = by(FINITE_DIFFERENCE)
-        size = torch.maximum(reference.tangent.norm(), taken.tangent.norm())
-        error = float((reference.tangent - taken.tangent).norm() / size)  # once a run
+        known = reference.tangent.isfinite() & taken.tangent.isfinite()
+        slow, fast = (torch.where(known, one.tangent, 0.0) for one in (reference, taken))
+        error = float((slow - fast).norm() / torch.maximum(slow.norm(), fast.norm()))  # once a run
         if not math.isfinite(error):
             return taken  # a zero or non-finite step shows nothing; the next one is held against it
         self._checked = True
@@ -247,20 +255,28 @@ class TangentProbe:
         self._method = FINITE_DIFFERENCE
         return reference
 
+    def end_step(self) -> None:
+        """What bound at this step is for the next."""
+        for memory in self._memories.values():
+            memory.end_step()
+
     def state_dict(self) -> dict[str, Any]:
         """The method found to work, and the samples kept."""
         return {
             "method": self._method,
             "checked": self._checked,
             "whole_batch": self._whole_batch,
-            "memory": self._memory.state_dict(),
+            "memories": [(*asked, memory.state_dict()) for asked, memory in self._memories.items()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the method found before."""
         self._method = state["method"] if state["method"] in METHODS else "auto"
         self._checked, self._whole_batch = bool(state["checked"]), bool(state["whole_batch"])
-        self._memory.load_state_dict(state["memory"])
+        self._memories = {}
+        for samples, remember, kept in state["memories"]:
+            self._memories[samples, remember] = SampleMemory()
+            self._memories[samples, remember].load_state_dict(kept)
 
 
 def _batch_size(call: CapturedCall, batch_dim: int) -> int:

@@ -31,13 +31,13 @@ def render() -> str:
             "# Evidence: what was published, measured again",
             "",
             f"{len(claims)} claims: {counts}. Each verdict is computed from the figures by thresholds that stand in the "
-            "study's script; what the paper leaves open of a protocol, and what was tried, stands in its docstring. "
-            "Figures go on in the studies' JSON files, a line a run.",
+            "study's script, and what the paper leaves open of a protocol in its docstring. Every run is in the JSON "
+            "file beside the picture.",
             "",
             "| claim | published | here | verdict |",
             "|---|---|---|---|",
             *(
-                _row(f"{one['claim']} ([{name}](#{name}))", one["published"], one["measured"], f"**{one['verdict']}**")
+                _row(f"{one['claim']} ([{name}](#{name}))", one["published"], one["measured"], one["verdict"])
                 for name, one in claims
             ),
             "",

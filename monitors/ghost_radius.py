@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
+import torch
+
 from redline import metrics
-from redline.errors import ConfigurationError
 from redline.monitor import Monitor, Need
 from redline.readings import Readings
+from redline.sample_memory import MAX_SAMPLES, REMEMBER, check_sub_sample
 from redline.schedules import Schedule
 from redline.step import Step
 
@@ -25,7 +28,12 @@ class GhostRadius(Monitor):
     needs: ClassVar[Need] = Need.TANGENT
 
     def __init__(
-        self, every: int | Schedule = 10, *, exact: bool = False, max_samples: int | None = 32, remember: int = 4
+        self,
+        every: int | Schedule = 10,
+        *,
+        exact: bool = False,
+        max_samples: int | None = MAX_SAMPLES,
+        remember: int = REMEMBER,
     ) -> None:
         """Measure on a schedule.
 
@@ -38,12 +46,7 @@ class GhostRadius(Monitor):
             remember: samples that bound lately are measured with each sub-sample, so many at most.
         """
         super().__init__(every)
-        if max_samples is not None and max_samples < 1:
-            raise ConfigurationError(
-                f"got max_samples={max_samples}; expected at least 1, or None for the whole batch."
-            )
-        if remember < 0:
-            raise ConfigurationError(f"got remember={remember}; expected a number of samples, or 0 for none.")
+        check_sub_sample(max_samples, remember)
         self.exact, self.max_samples, self.remember = exact, max_samples, remember
 
     def measure(self, step: Step, readings: Readings) -> None:
@@ -62,10 +65,12 @@ class GhostRadius(Monitor):
         r = tangent.normalized_step_size
         readings.gauge(metrics.NORMALIZED_STEP_SIZE, r)
         # A step that moves no logit has no ghosts, not even one of length 0.
-        readings.gauge(metrics.GHOST_RADIUS, (tau / r).masked_fill(r == 0, float("inf")))
+        readings.gauge(metrics.GHOST_RADIUS, (tau / r).masked_fill(r == 0, math.inf))
         readings.gauge(metrics.TANGENT_SAMPLES, tangent.samples)
         readings.gauge(metrics.BATCH_SAMPLES, tangent.batch)
         if self.exact:
-            radius = tangent.least_radius(tangent.mask).lower  # in steps
-            for metric, value in zip(exact, (tau * radius, 1 / radius, radius * r), strict=True):
-                readings.gauge(metric, value)
+            # In steps; of a step of which r is not known, neither is this.
+            radius = torch.where(r.isnan(), math.nan, tangent.least_radius().lower)
+            readings.gauge(metrics.EXACT_GHOST_RADIUS, (tau * radius).masked_fill(r == 0, math.inf))
+            readings.gauge(metrics.EXACT_STEP_SIZE, 1 / radius)
+            readings.gauge(metrics.EXACT_TO_BOUND_RATIO, radius * r)

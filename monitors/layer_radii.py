@@ -12,6 +12,7 @@ from redline.errors import ConfigurationError
 from redline.monitor import Monitor, Need
 from redline.numerics.layer_radii import QUANTILE
 from redline.readings import Readings
+from redline.sample_memory import MAX_SAMPLES, REMEMBER, check_sub_sample
 from redline.schedules import Schedule
 from redline.step import Step
 
@@ -29,30 +30,35 @@ class LayerRadii(Monitor):
 
     needs: ClassVar[Need] = Need.LAYERS
 
-    def __init__(self, every: int | Schedule = 10, *, max_samples: int | None = 32, quantile: float = QUANTILE) -> None:
+    def __init__(
+        self,
+        every: int | Schedule = 10,
+        *,
+        max_samples: int | None = MAX_SAMPLES,
+        remember: int = REMEMBER,
+        quantile: float = QUANTILE,
+    ) -> None:
         """Measure on a schedule.
 
         Args:
             every: schedule; the default is Redline's choice.
             max_samples: the most samples of the batch to measure on; None for all. The default is that of
                 ``GhostRadius``, whose pass is then shared.
+            remember: samples that bound lately are measured with each sub-sample, so many at most.
             quantile: in (0, 1], of an activation's radii, the one that counts; the default is the paper's.
 
         Raises:
             ConfigurationError: no sample, or a quantile outside (0, 1].
         """
         super().__init__(every)
-        if max_samples is not None and max_samples < 1:
-            raise ConfigurationError(
-                f"got max_samples={max_samples}; expected at least 1, or None for the whole batch."
-            )
+        check_sub_sample(max_samples, remember)
         if not 0 < quantile <= 1:
             raise ConfigurationError(f"got quantile={quantile}; expected a share in (0, 1], such as 0.01.")
-        self.max_samples, self.quantile = max_samples, quantile
+        self.max_samples, self.remember, self.quantile = max_samples, remember, quantile
 
     def measure(self, step: Step, readings: Readings) -> None:
         """Measure the step as proposed."""
-        tangent = step.tangent(self.max_samples)
+        tangent = step.tangent(self.max_samples, self.remember)
         if tangent is None or tangent.layers is None:
             return
         r, layers = tangent.normalized_step_size, tangent.layers

@@ -78,7 +78,7 @@ class LeastRadius(NamedTuple):
         lower: 0-d, float64, certified: no position has a zero nearer; NaN where an entry of one was.
         upper: 0-d, float64: equal to ``lower`` to 1e-6, unless the budget was spent or nothing lies ``within``: then
             infinite.
-        radii: ``(...)``, float64: of the positions that had to be searched for it, NaN elsewhere.
+        radii: ``(...)``, float64: of the positions of which one was found in looking for it, NaN elsewhere.
     """
 
     lower: Tensor
@@ -104,7 +104,7 @@ def least_ghost_radius(
     """
     shape = tangent.shape[:-1]
     z, a = _as_rows(logits, tangent)
-    bound = ghost_radius(a)
+    bound = torch.where(z.isnan().any(1), math.nan, ghost_radius(a))
     if mask is not None:
         bound = torch.where(mask.reshape(-1), bound, math.inf)
     radii = torch.full_like(bound, math.nan, dtype=torch.float64)
@@ -112,9 +112,11 @@ def least_ghost_radius(
     def result(lower: float, upper: float) -> LeastRadius:
         return LeastRadius(radii.new_tensor(lower), radii.new_tensor(upper), radii.reshape(shape))
 
-    clear = float(bound.min())  # no position has a zero nearer
-    if not clear < within:
-        return result(math.nan if math.isnan(clear) else within, math.inf)
+    clear = float(bound.min()) if len(bound) else math.inf  # no position has a zero nearer
+    if math.isnan(clear):
+        return result(math.nan, math.nan)
+    if clear == 0 or clear >= within:  # 0 where a tangent is infinite
+        return result(min(clear, within), math.inf)
     suspects = _suspects(z, a, bound, within)
     while len(suspects) and _GROWTH * clear < within:
         nearer = _suspects(z, a, bound, _GROWTH * clear)
@@ -124,7 +126,7 @@ def least_ghost_radius(
         clear *= _GROWTH
     least, lower, searched, size = within, within, 0, 1
     while len(suspects) and searched < budget:
-        now = suspects[:size]
+        now = suspects[: min(size, budget - searched)]
         # A little farther, so that what is cleared is clear of the least itself.
         intervals = _intervals(z[now], a[now], least * (1 + 2 * _TOLERANCE))
         if bool(intervals.lower.isnan().any()):

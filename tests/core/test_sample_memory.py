@@ -133,8 +133,7 @@ def test_batches_of_another_kind_are_measured_by_themselves(change: str) -> None
     assert loop.session.notes == ()
 
 
-ENDS = pytest.mark.xfail(strict=True, reason="bug: an input that is kept but never cut ends the memory")
-AS_LONG = pytest.param((CLASSES,), 4, 1, marks=ENDS)
+AS_LONG = pytest.param((CLASSES,), 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,6 @@ def test_keyword_inputs_and_those_that_are_no_samples(shared: tuple[int, ...], m
     assert loop.session.notes == ()
 
 
-@pytest.mark.xfail(strict=True, reason="bug: all who measure keep their samples in one memory")
 def test_a_monitor_of_other_samples_does_not_alter_what_the_clamp_does() -> None:
     runs = [Loop(*monitors, controllers=[StepClamp(1e-4, max_samples=4)]) for monitors in ([], [GhostRadius(2)])]
     for seed in range(4):
@@ -161,7 +159,6 @@ def test_a_monitor_of_other_samples_does_not_alter_what_the_clamp_does() -> None
     assert watched == alone
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a sample that is remembered and comes again is kept twice, and so on")
 def test_the_same_batch_again_does_not_fill_the_memory_with_one_sample() -> None:
     loop = Loop(GhostRadius(1, max_samples=4, remember=3))
     for _ in range(5):

@@ -414,16 +414,16 @@ class TestMask:
     def test_of_a_step_tangent(self):
         logits, tangent = torch.zeros(3, 2), torch.tensor([[0.0, 1.0], [0.0, 5.0], [0.0, math.nan]])
         mask = torch.tensor([True, False, False])
-        masked = StepTangent(logits, tangent, mask, "forward_mode", 3, 3)
+        masked = StepTangent(logits, tangent, mask, "forward_mode", torch.arange(3), 3, 0)
         assert float(masked.normalized_step_size) == pytest.approx(1 / math.pi)
-        two = StepTangent(logits[:2], tangent[:2], None, "forward_mode", 2, 2)
+        two = StepTangent(logits[:2], tangent[:2], None, "forward_mode", torch.arange(2), 2, 0)
         assert float(two.normalized_step_size) == pytest.approx(5 / math.pi)
-        every = StepTangent(logits, tangent, None, "forward_mode", 3, 3)
+        every = StepTangent(logits, tangent, None, "forward_mode", torch.arange(3), 3, 0)
         assert math.isnan(every.normalized_step_size)
 
     def test_where_nothing_counts_no_step_is_too_long(self):
         tangent = StepTangent(
-            torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(2, dtype=torch.bool), "forward_mode", 2, 2
+            torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(2, dtype=torch.bool), "forward_mode", torch.arange(2), 2, 0
         )
         assert float(tangent.normalized_step_size) == 0
 

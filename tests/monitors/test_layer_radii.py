@@ -185,7 +185,7 @@ def test_layers_are_seen_only_when_due():
     class Watch(GhostRadius):
         def measure(self, step: redline.Step, readings: redline.Readings) -> None:
             super().measure(step, readings)
-            seen.append(step.tangent(32).layers is not None)
+            seen.append(step.tangent(self.max_samples, self.remember).layers is not None)
 
     seen: list[bool] = []
     step = Step(Mixed(), Watch(1), LayerRadii(lambda index: index == 1), steps=4)
