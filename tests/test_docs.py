@@ -36,3 +36,31 @@ def test_the_sink_shown_in_the_readme_is_the_one_that_runs():
     example = (ROOT / "examples" / "custom_sink.py").read_text()
     shown = readme.split("class CsvSink", 1)[1].split("```", 1)[0].strip()
     assert shown in example
+
+
+def test_the_evidence_page_is_up_to_date_and_has_every_study():
+    spec = importlib.util.spec_from_file_location("render_evidence", ROOT / "docs" / "render_evidence.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    assert page.PAGE.read_text() == page.render(), "run: python docs/render_evidence.py"
+    studies = {
+        path.stem for path in (ROOT / "examples" / "studies").glob("*.py") if "study = Study(" in path.read_text()
+    }
+    assert studies == set(page.STUDIES)
+    for name in studies:
+        assert (ROOT / "tests" / "studies" / f"test_{name}.py").exists(), name
+
+
+def test_the_claims_of_the_evidence_page_are_those_of_the_studies_on_their_results():
+    """Whoever changes a threshold renders the page anew from the same results."""
+    import json
+    import sys
+
+    sys.path.insert(0, str(ROOT / "examples" / "studies"))
+    try:
+        for kept in (ROOT / "docs" / "evidence").glob("*.json"):
+            page = json.loads(kept.read_text())
+            study = importlib.import_module(kept.stem).study
+            assert [vars(claim) for claim in study.claims(page["results"])] == page["claims"], kept.stem
+    finally:
+        sys.path.pop(0)

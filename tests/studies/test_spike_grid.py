@@ -1,0 +1,41 @@
+"""The spike grid's short form: what it shows, by thresholds of the tests' own."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def page(short_form):
+    return short_form("spike_grid")
+
+
+def accuracy(page, **where):
+    [one] = [one for one in page["results"] if all(one[name] == value for name, value in where.items())]
+    return one["accuracy"]
+
+
+@pytest.mark.parametrize("model", ["Transformer", "MLP+LN"])
+@pytest.mark.parametrize("held", [False, True], ids=["one step", "held"])
+def test_either_clamp_saves_a_run_that_dies_without(page, model, held):
+    twin = accuracy(page, model=model, arm="plain", severity=1)
+    where = {"model": model, "severity": 10_000, "held": held}
+    assert twin > 0.9
+    for arm in ("plain", "clip"):
+        assert accuracy(page, arm=arm, **where) < twin - 0.2
+    for arm in ("bound", "exact"):
+        assert accuracy(page, arm=arm, **where) > twin - 0.03
+
+
+def test_the_claims_hold_and_quote_what_was_measured(page):
+    assert [one["verdict"] for one in page["claims"]] == ["holds"] * 4
+    [claim] = [one for one in page["claims"] if "exact radius protects" in one["claim"]]
+    found = accuracy(page, model="Transformer", arm="exact", severity=10_000, held=False)
+    assert f"Transformer {found:.1%}" in claim["measured"]
+
+
+def test_a_claim_that_does_not_hold_is_said_not_to(page, load_study):
+    study = load_study("spike_grid").study
+    ruined = [{**one, "accuracy": 0.1} if one["arm"] == "exact" else one for one in page["results"]]
+    verdicts = {one.claim: one.verdict for one in study.claims(ruined)}
+    assert sorted(verdicts.values()) == ["does not hold here", "holds", "holds", "holds in part"]
