@@ -42,11 +42,10 @@ class StepMargins:
 
     def most_fragile(self, count: int = 5) -> list[SampleMargin]:
         """The samples that bind, most fragile first: by the exact radius where it is known, else by the bound."""
-        columns = [self.samples, self.r, torch.full_like(self.r, math.nan) if self.exact_r is None else self.exact_r]
-        rows = torch.stack([column.double() for column in columns], dim=1).tolist()
+        exact = torch.full_like(self.r, math.nan) if self.exact_r is None else self.exact_r
         margins = [
-            SampleMargin(None if sample < 0 else int(sample), r, None if math.isnan(exact_r) else exact_r)
-            for sample, r, exact_r in rows
+            SampleMargin(None if sample < 0 else sample, r, None if math.isnan(exact_r) else exact_r)
+            for sample, r, exact_r in zip(self.samples.tolist(), self.r.tolist(), exact.tolist(), strict=True)
         ]
         return sorted(margins, key=_fragility, reverse=True)[:count]
 

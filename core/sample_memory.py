@@ -37,17 +37,15 @@ class SampleMemory:
         self._next: dict[int, Tensor] | None = None
         self._places: set[int] = set()
 
-    def join(
-        self, call: CapturedCall, index: Tensor, batch: int, batch_dim: int, most: int
-    ) -> tuple[CapturedCall, int]:
-        """The call on ``index``, ``(n,)``, of its samples, and behind them at most ``most`` that were kept.
+    def join(self, call: CapturedCall, samples: int, batch: int, batch_dim: int, most: int) -> tuple[CapturedCall, int]:
+        """The call on ``samples`` of its batch, evenly spread over it, and behind them at most ``most`` that were kept.
 
         Returns:
             The call, and how many were joined.
         """
         leaves, tree = tree_flatten((call.args, call.kwargs))
         cut = {
-            place: leaf.index_select(batch_dim, index.to(leaf.device))
+            place: leaf.index_select(batch_dim, spread_over(batch, samples, leaf.device))
             for place, leaf in enumerate(leaves)
             if isinstance(leaf, Tensor) and leaf.dim() > batch_dim and leaf.shape[batch_dim] == batch
         }
@@ -91,6 +89,11 @@ class SampleMemory:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with them."""
         self._kept, self._next = dict(state["kept"]), None
+
+
+def spread_over(batch: int, samples: int, device: torch.device | str = "cpu") -> Tensor:
+    """Places of the samples, ``(samples,)``, int64; made on the device, so that nobody waits for them."""
+    return torch.arange(samples, device=device) * batch // samples
 
 
 def _fits(kept: Tensor, leaf: Tensor, batch_dim: int) -> bool:

@@ -22,7 +22,7 @@ from redline.numerics.exact_radius import LeastRadius, least_ghost_radius
 from redline.numerics.layer_recorder import LayerSteps
 from redline.numerics.radii import tangent_spread
 from redline.numerics.tangents import FINITE_DIFFERENCE, METHODS, LogitTangent, logit_tangent
-from redline.sample_memory import SampleMemory
+from redline.sample_memory import SampleMemory, spread_over
 
 # The finite difference is good to about 1 %, half precision to a few; a method that drops a term is off by far more.
 _AGREEMENT = 0.1
@@ -37,7 +37,7 @@ class StepTangent:
         tangent: ``(..., classes)``, along the whole step ``p``.
         mask: ``(...)``, bool, positions that count, or None for all.
         method: one of ``redline.numerics.tangents.METHODS``.
-        index: ``(samples,)``, int64: the samples' places in the batch; -1 for those remembered from earlier batches.
+        index: ``(samples,)``, int64, on the host: places in the batch; -1 for samples remembered from earlier ones.
         batch: samples in the batch.
         batch_dim: of the model's inputs.
         layers: how long the step is for attention and activations; None if nobody needs it, or by finite difference.
@@ -159,12 +159,11 @@ class TangentProbe:
         with hooks_silenced(), self._around_replay():
             try:
                 samples = batch if whole or max_samples is None else max_samples
-                index = torch.arange(samples) * batch // samples  # evenly spread
                 joined = 0
                 memory = self._memories.setdefault((samples, remember), SampleMemory())
                 if samples < batch:
-                    call, joined = memory.join(call, index, batch, self._batch_dim, remember)
-                index = torch.cat([index, torch.full((joined,), -1)])
+                    call, joined = memory.join(call, samples, batch, self._batch_dim, remember)
+                index = torch.cat([spread_over(batch, samples), torch.full((joined,), -1)])
                 taken = self._take(call, point, direction, layers)
                 seen = self._layers(taken, call.name) if layers else None
                 found = StepTangent(

@@ -103,7 +103,7 @@ def least_ghost_radius(
         budget: the most positions to search. Past it the interval reaches down to what is proven of the others.
     """
     shape = tangent.shape[:-1]
-    z, a = _as_rows(logits, tangent)
+    z, a = (one.to(torch.promote_types(one.dtype, torch.float32)) for one in _as_rows(logits, tangent))
     bound = torch.where(z.isnan().any(1), math.nan, ghost_radius(a))
     if mask is not None:
         bound = torch.where(mask.reshape(-1), bound, math.inf)
@@ -159,10 +159,11 @@ def _as_rows(logits: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _score(z: Tensor, a: Tensor, rows: Tensor, radius: float) -> Tensor:
-    """Below 1 where there is no zero within ``radius``: see ``ExponentialSums.certified_radius``; in z's own dtype."""
+    """Below 1 where there is no zero within ``radius``: see ``ExponentialSums.certified_radius``; float32 will do."""
     scores = []
     for part in rows.split(max(_AT_A_TIME // (4 * a.shape[1]), 1)):
         log_p, tangent = z[part].log_softmax(1), a[part]
+        tangent = tangent - tangent.mean(1, keepdim=True)  # else rounding goes by an offset that all classes share
         p = log_p.exp()
         reach = (tangent - (p * tangent).sum(1, keepdim=True)).abs_().mul_(radius)
         scores.append((log_p.add_(reach).exp_() - p * reach.add_(1)).sum(1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import redline
 from redline.integrations.demo.models import ByteLM
-from redline.numerics import top_singular_values
+from redline.numerics import exact_ghost_radius, least_ghost_radius, top_singular_values
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,6 +43,7 @@ def test_observation_changes_nothing(fused):
         model = language_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
         monitors = [redline.WeightSpectrum(5), redline.UpdateSpectrum(5), redline.GhostRadius(2), redline.StepHealth()]
+        monitors.append(redline.LayerRadii(2))
         session = redline.attach(model, optimizer, monitors=monitors) if observed else None
         train(model, batches(50, "cuda"), optimizer)
         if session is not None:
@@ -59,6 +60,7 @@ def test_monitors_do_not_wait_for_the_device():
     model = language_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     monitors = [redline.WeightSpectrum(1), redline.UpdateSpectrum(1), redline.GhostRadius(1), redline.StepHealth()]
+    monitors.append(redline.LayerRadii(1))
     with redline.attach(model, optimizer, monitors=monitors) as session:
         data = batches(6, "cuda")
         train(model, data[:2], optimizer)  # the first tangent is checked once, which waits
@@ -94,13 +96,23 @@ def test_r_agrees_with_the_cpu():
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-3)
 
 
-def test_clamp_on_the_device_commits_what_it_commits_on_the_host():
+@pytest.mark.parametrize("classes", [2, 10, 1_000, 8_192])
+def test_exact_radii_agree_with_the_cpu(classes):
+    generator = torch.Generator().manual_seed(0)
+    z, a = (torch.randn(64, classes, generator=generator) for _ in range(2))
+    assert torch.allclose(exact_ghost_radius(z.cuda(), a.cuda()).cpu(), exact_ghost_radius(z, a), rtol=1e-5)
+    on_device, on_host = least_ghost_radius(z.cuda(), a.cuda()), least_ghost_radius(z, a)
+    assert float(on_device.upper) == pytest.approx(float(on_host.upper), rel=1e-5)
+
+
+@pytest.mark.parametrize("radius", ["bound", "exact"])
+def test_clamp_on_the_device_commits_what_it_commits_on_the_host(radius):
     there = language_model(dropout=0.0)
     here = copy.deepcopy(there).cpu()
     ends = []
     for model, device in ((there, "cuda"), (here, "cpu")):
         optimizer = torch.optim.SGD(model.parameters(), lr=30.0)
-        with redline.attach(model, optimizer, monitors=[], controllers=[redline.StepClamp()]) as session:
+        with redline.attach(model, optimizer, monitors=[], controllers=[redline.StepClamp(radius=radius)]) as session:
             train(model, batches(1, device), optimizer)
         (held,) = session.interventions
         ends.append((held.saw["r"], torch.cat([p.detach().flatten().cpu() for p in model.parameters()])))
