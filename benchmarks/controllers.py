@@ -25,11 +25,11 @@ from redline.numerics.tangents import FINITE_DIFFERENCE
 RESULTS = Path(__file__).parent / "results"
 
 
-def clamp(samples: int | None, *, difference: bool = False) -> Callable[[Trainer], redline.Session]:
+def clamp(samples: int | None, *, difference: bool = False, **settings) -> Callable[[Trainer], redline.Session]:
     """Attach a clamp alone; ``difference``: as if finite differences had been found to be what works."""
 
     def attach(trainer: Trainer) -> redline.Session:
-        controllers = [redline.StepClamp(max_samples=samples)]
+        controllers = [redline.StepClamp(max_samples=samples, **settings)]
         session = redline.attach(trainer.model, trainer.optimizer, monitors=[], controllers=controllers)
         if difference:
             state = session.state_dict()
@@ -50,6 +50,9 @@ CASES: dict[str, Callable[[Trainer], redline.Session]] = {
     "StepClamp, finite difference, 32 samples": clamp(32, difference=True),
     "StepClamp, forward mode, whole batch": clamp(None),
     "StepClamp, finite difference, whole batch": clamp(None, difference=True),
+    "StepClamp, exact radius, 32 samples": clamp(32, radius="exact"),
+    "StepClamp, exact radius, 32 samples, every step searched": clamp(32, radius="exact", max_r=0.01),
+    "StepClamp, exact radius, whole batch, every step searched": clamp(None, radius="exact", max_r=0.01),
     "NonFiniteGuard": controllers(redline.NonFiniteGuard),
     "SpikeGuard": controllers(redline.SpikeGuard),
     "these three, at their defaults": controllers(redline.NonFiniteGuard, redline.SpikeGuard, redline.StepClamp),

@@ -31,8 +31,8 @@ def render() -> str:
             "# Evidence: what was published, measured again",
             "",
             f"{len(claims)} claims: {counts}. Each verdict is computed from the figures by thresholds that stand in "
-            "the study's script, and what the paper leaves open of a protocol in its docstring. Every run is in the JSON "
-            "file beside the picture.",
+            "the study's script, and what the paper leaves open of a protocol in its docstring. Every run is in the "
+            "JSON file beside the picture.",
             "",
             "| claim | published | here | verdict |",
             "|---|---|---|---|",
