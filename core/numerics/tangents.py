@@ -29,10 +29,10 @@ FINITE_DIFFERENCE = "finite_difference"
 METHODS = (FORWARD_MODE, MATH_ATTENTION, FINITE_DIFFERENCE)
 """The ladder, best rung first."""
 
-# Relative size of the finite difference's step: its entries are 2e-3 of the size of the model's own. A central
-# difference errs by about h^2 / 6 from curvature and by machine precision / h from rounding; in float32 the sum is
-# least between 1e-3 and 1e-2.
-_RELATIVE_STEP = 2e-3
+# Relative size of the finite difference's step: its entries are 3e-4 of the size of the model's own. A central
+# difference errs by about h^2 / 6 from curvature, by machine precision / h from rounding, and by about h from what
+# crosses a kink: on trained transformers with ReLU 2e-3 was up to 15 % off, 3e-4 at most 5 %.
+_RELATIVE_STEP = 3e-4
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 LogitsFunction = Callable[[Any], Any]

@@ -8,11 +8,11 @@ of plain training over its seeds. The paper (arXiv 2603.13552) has no such runs;
 import statistics
 from typing import Any
 
-from spiked import ARMS, MODELS, OPTIMIZERS, train
+from spiked import ARMS, CLAMPS, MODELS, OPTIMIZERS, train
 from study import Case, Claim, Result, Study, Table, select
 
+ACCURACY = "accuracy_train_mode"  # on the test batch's own statistics: BatchNorm's averages lag after so few steps
 ASKED = ("Adam", "AdamW", "sign")  # at the rates people would take; three times that is looked at besides
-CLAMPS = ("bound", "exact")
 
 
 def cases(quick: bool) -> list[Case]:
@@ -23,7 +23,8 @@ def cases(quick: bool) -> list[Case]:
         for optimizer in (("Adam", "sign") if quick else OPTIMIZERS)
         for arm in ("plain", *CLAMPS)
         for seed in range(seeds)
-        if model != "CNN+BN" or (optimizer in ASKED and (arm != "bound" or optimizer == "Adam"))  # the slowest by far
+        if model != "CNN+BN"  # the slowest by far, and with BatchNorm the whole batch is measured
+        or (optimizer in ASKED and arm != "sampled" and (arm != "bound" or optimizer == "Adam"))
     ]
 
 
@@ -31,7 +32,7 @@ def behind(results: list[Result], of: str, arm: str, **where: Any) -> float:
     """How much worse the median ends than plain training's, in standard deviations of plain training."""
     ours, plain = ([one[of] for one in select(results, arm=which, **where)] for which in (arm, "plain"))
     gap = statistics.median(plain) - statistics.median(ours)
-    return (gap if of == "accuracy" else -gap) / statistics.stdev(plain)
+    return (gap if of == ACCURACY else -gap) / statistics.stdev(plain)
 
 
 def settings(results: list[Result]) -> list[dict[str, str]]:
@@ -52,10 +53,10 @@ def table(results: list[Result]) -> Table:
             if not found:
                 row.append("")
                 continue
-            accuracy, loss = (statistics.median(one[of] for one in found) for of in ("accuracy", "loss"))
+            accuracy, loss = (statistics.median(one[of] for one in found) for of in (ACCURACY, "loss"))
             cell = f"{accuracy:.1%} ({loss:.2g})"
             if arm != "plain":
-                worse = ", ".join(f"{behind(results, of, arm, **where):+.1f}" for of in ("accuracy", "loss"))
+                worse = ", ".join(f"{behind(results, of, arm, **where):+.1f}" for of in (ACCURACY, "loss"))
                 cell += f"; worse by {worse} sd; {statistics.median(one['shortened'] for one in found):g} shortened"
             row.append(cell)
         rows.append(row)
@@ -71,15 +72,15 @@ def table(results: list[Result]) -> Table:
 def plot(results: list[Result], figure: Any) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     where = settings(results)
-    for panel, of in zip(panels, ("accuracy", "loss"), strict=True):
-        for offset, (arm, colour) in enumerate(zip(CLAMPS, ("tab:red", "tab:blue"), strict=True)):
+    for panel, of in zip(panels, (ACCURACY, "loss"), strict=True):
+        for offset, (arm, colour) in enumerate(zip(CLAMPS, ("tab:red", "tab:blue", "tab:green"), strict=True)):
             worse = [behind(results, of, arm, **one) if select(results, arm=arm, **one) else 0 for one in where]
             panel.barh(
-                [place + 0.36 * offset for place in range(len(where))], worse, 0.36, color=colour, label=ARMS[arm]
+                [place + 0.27 * offset for place in range(len(where))], worse, 0.27, color=colour, label=ARMS[arm]
             )
         panel.axvline(1, color="black", linestyle=":", linewidth=1)
         panel.axvline(0, color="black", linewidth=0.8)
-        panel.set(xlabel=f"{of}: worse than with nothing, in standard deviations over the seeds")
+        panel.set(xlabel=f"{of.split('_')[0]}: worse than with nothing, in standard deviations over the seeds")
         panel.set(yticks=range(len(where)), yticklabels=[f"{one['model']}, {one['optimizer']}" for one in where])
         panel.invert_yaxis() if panel is panels[0] else None
     panels[0].legend(fontsize=7)
@@ -88,44 +89,43 @@ def plot(results: list[Result], figure: Any) -> None:
 def claims(results: list[Result]) -> list[Claim]:
     asked = [one for one in settings(results) if one["optimizer"] in ASKED]
     seeds = len({one["seed"] for one in results})
-    made = []
-    for arm, claim, published in (
-        (
-            "exact",
-            "By the exact radius a healthy run ends as without a clamp (at most one standard deviation worse).",
-            "open",
-        ),
-        (
-            "bound",
-            "By the bound it does not: protection costs accuracy or loss.",
-            "about a point of accuracy, measured again",
-        ),
-    ):
-        worst = {
-            f"{one['model']}, {one['optimizer']}, {of}": behind(results, of, arm, **one)
+
+    def worse(arm: str) -> dict[str, float]:
+        return {
+            f"{one['model']}, {one['optimizer']}, {of.split('_')[0]}": behind(results, of, arm, **one)
             for one in asked
             if select(results, arm=arm, **one)
-            for of in ("accuracy", "loss")
+            for of in (ACCURACY, "loss")
         }
-        costs = {name: worse for name, worse in worst.items() if worse > 1}
-        most = max(worst, key=lambda name: worst[name])
-        holds = len(costs) / len(worst) if arm == "bound" else 1 - len(costs) / len(worst)
-        made.append(
-            Claim(
-                claim,
-                published,
-                f"{len(costs)} of {len(worst)} medians over {seeds} seeds are worse by more than one standard "
-                f"deviation; the worst is {most}: {worst[most]:+.1f}",
-                ("holds" if costs else "does not hold here")
-                if arm == "bound"
-                else "holds"
-                if not costs
-                else "holds in part"
-                if holds >= 0.5
-                else "does not hold here",
-            )
+
+    def words(found: dict[str, float]) -> str:
+        behind_one, ahead, most = (
+            sum(d > 1 for d in found.values()),
+            sum(d < -1 for d in found.values()),
+            max(found.values()),
         )
-    return made
+        where = max(found, key=lambda name: found[name])
+        return (
+            f"of {len(found)} medians over {seeds} seeds {behind_one} are worse by more than one standard deviation, "
+            f"{ahead} better by more; the worst is {most:+.1f} ({where})"
+        )
+
+    exact, sampled, bound = (worse(arm) for arm in ("exact", "sampled", "bound"))
+    spared = sum(d <= 1 for found in (exact, sampled) for d in found.values())
+    return [
+        Claim(
+            "By the exact radius a healthy run ends as without a clamp (at most one standard deviation worse).",
+            "left open",
+            f"{words(exact)}. On 32 samples, the default: {words(sampled)}",
+            "holds" if spared == len(exact) + len(sampled) else "holds in part" if spared else "does not hold here",
+        ),
+        Claim(
+            "By the bound it does not: protection costs accuracy or loss.",
+            "about a point of accuracy, measured again",
+            words(bound),
+            "holds" if max(bound.values()) > 1 else "does not hold here",
+        ),
+    ]
 
 
 study = Study(

@@ -15,8 +15,14 @@ SPIKE_AT = 50
 ARMS = {
     "plain": "nothing",
     "clip": "gradients clipped to norm 1",
-    "bound": 'StepClamp(radius="bound")',
-    "exact": 'StepClamp(radius="exact")',
+    "bound": "StepClamp by the bound",
+    "exact": "StepClamp by the exact radius",
+    "sampled": "the same on 32 samples",
+}
+CLAMPS: dict[str, Callable[[], redline.StepClamp]] = {
+    "bound": partial(redline.StepClamp, radius="bound", max_samples=None),
+    "exact": partial(redline.StepClamp, radius="exact", max_samples=None),
+    "sampled": partial(redline.StepClamp, radius="exact"),  # at its defaults
 }
 
 
@@ -82,10 +88,7 @@ def train(
     held: bool = False,
     steps: int = 200,
 ) -> dict:
-    """One run on all digits at once; at step 50, or from there on, the rate is ``severity`` times what it should be.
-
-    The clamps measure on the whole batch.
-    """
+    """One run on all digits at once; at step 50, or from there on, the rate is ``severity`` times what it should be."""
     torch.manual_seed(seed)
     net = MODELS[model]()
     train_x, train_y, test_x, test_y = digits()
@@ -95,7 +98,7 @@ def train(
     def loss_of() -> Tensor:
         return F.cross_entropy(net(train_x), train_y)
 
-    controllers = [redline.StepClamp(radius=arm, max_samples=None)] if arm in ("bound", "exact") else []
+    controllers = [CLAMPS[arm]()] if arm in CLAMPS else []
     with redline.attach(net, stepped, monitors=[], controllers=controllers) as session:
         for step in range(steps):
             spiked = step >= SPIKE_AT if held else step == SPIKE_AT

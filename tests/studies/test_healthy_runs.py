@@ -38,11 +38,11 @@ def test_worse_is_counted_in_standard_deviations_of_plain_training(page, load_st
     study = load_study("healthy_runs")
     losses = {"plain": [1.0, 2.0, 3.0], "exact": [4.0, 4.0, 5.0]}
     made = [
-        {"model": "MLP+LN", "optimizer": "Adam", "arm": arm, "loss": loss, "accuracy": 1 - loss / 10, "seed": seed}
+        {"model": "MLP+LN", "optimizer": "Adam", "arm": arm, "loss": loss, study.ACCURACY: 1 - loss / 10, "seed": seed}
         for arm, found in losses.items()
         for seed, loss in enumerate(found)
     ]
-    for of_what in ("loss", "accuracy"):
+    for of_what in ("loss", study.ACCURACY):
         assert study.behind(made, of_what, "exact", model="MLP+LN", optimizer="Adam") == pytest.approx(2.0)
 
 
