@@ -24,8 +24,10 @@ def render() -> str:
     """The page."""
     pages = {name: json.loads((DOCS / "evidence" / f"{name}.json").read_text()) for name in STUDIES}
     claims = [(name, claim) for name, page in pages.items() for claim in page["claims"]]
-    verdicts = ("holds", "holds in part", "does not hold here")
-    counts = ", ".join(f"{sum(one['verdict'] == verdict for _, one in claims)} {verdict}" for verdict in verdicts)
+    verdicts = {"holds": "hold", "holds in part": "hold in part", "does not hold here": "do not hold here"}
+    counts = ", ".join(
+        f"{sum(one['verdict'] == one_of for _, one in claims)} {they}" for one_of, they in verdicts.items()
+    )
     return "\n".join(
         [
             "# Evidence: what was published, measured again",

@@ -80,10 +80,10 @@ def plot(results: list[Result], figure: Any) -> None:
             )
         panel.axvline(1, color="black", linestyle=":", linewidth=1)
         panel.axvline(0, color="black", linewidth=0.8)
-        panel.set(xlabel=f"{of.split('_')[0]}: worse than with nothing, in standard deviations over the seeds")
+        panel.set(xlabel=f"{of.split('_')[0]}, standard deviations worse than with nothing")
         panel.set(yticks=range(len(where)), yticklabels=[f"{one['model']}, {one['optimizer']}" for one in where])
         panel.invert_yaxis() if panel is panels[0] else None
-    panels[0].legend(fontsize=7)
+    panels[1].legend(fontsize=7, loc="lower left")
 
 
 def claims(results: list[Result]) -> list[Claim]:
