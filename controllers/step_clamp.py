@@ -69,8 +69,8 @@ class StepClamp(RadiusController):
         if self.radius == "bound" or not bool((r > self.max_r) & r.isfinite()):
             return r
         within = 1 / self.max_r
-        radius = tangent.least_radius(within).lower
-        exact = torch.where(radius >= within, r.clamp(max=self.max_r), (1 / radius).to(r))
+        radius = tangent.least_radius(within).lower.to(r)
+        exact = torch.where(radius >= within, r.clamp(max=self.max_r), 1 / radius)
         return torch.where(radius.isnan(), r, exact)
 
     def scale(self, r: Tensor, step: Step) -> Scale:

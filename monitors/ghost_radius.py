@@ -70,7 +70,7 @@ class GhostRadius(Monitor):
         readings.gauge(metrics.BATCH_SAMPLES, tangent.batch)
         if self.exact:
             # In steps; of a step of which r is not known, neither is this.
-            radius = torch.where(r.isnan(), math.nan, tangent.least_radius().lower)
+            radius = torch.where(r.isnan(), math.nan, tangent.least_radius().lower.to(r))
             readings.gauge(metrics.EXACT_GHOST_RADIUS, (tau * radius).masked_fill(r == 0, math.inf))
             readings.gauge(metrics.EXACT_STEP_SIZE, 1 / radius)
             readings.gauge(metrics.EXACT_TO_BOUND_RATIO, radius * r)

@@ -33,14 +33,16 @@ class RadiusInterval(NamedTuple):
 
     Attributes:
         lower: no zero lies nearer; NaN where an entry of the row was.
-        upper: a zero lies within it; infinite where none was found. Wider than 1e-6 the interval is only at zeros of
-            higher multiplicity, at such as lie farther than 1,000 / spread, and where a budget was spent.
+        upper: where the nearest zero was found, or a radius within which some were counted; infinite where there was
+            none. The interval is wider than 1e-6 only at zeros of higher multiplicity, where ``upper`` is not certified
+            but as good as Newton's iteration there, and at zeros farther than 1,000 / spread.
     """
 
     lower: Tensor
     upper: Tensor
 
 
+@torch.no_grad()
 def exact_ghost_radius(logits: Tensor, tangent: Tensor) -> Tensor:
     """Exact ghost radius ``rho*``: modulus of the nearest complex zero of ``sum_k exp(z_k + a_k t)``.
 
@@ -53,20 +55,21 @@ def exact_ghost_radius(logits: Tensor, tangent: Tensor) -> Tensor:
 
     Returns:
         ``(...)``, in units of the vector that the tangent was taken along, in the wider of the two dtypes, float32 at
-        least; infinite where the spread is 0, NaN where an entry is. Relative error 1e-6 in float64; at a zero of
-        multiplicity m about the m-th root of machine precision. Where only an interval is known, its safe lower end:
-        of zeros farther than about 1,000 / spread, as where logits lie 1,000 apart, it is that.
+        least; infinite where the spread is 0, NaN where an entry is. Relative error 1e-6 in float64, at zeros of
+        multiplicity 2 to 4 some 1e-7 to 1e-4. Where an interval is wider than 1 %, its safe lower end: of zeros of
+        still higher multiplicity, and of such as lie farther than about 1,000 / spread (logits 1,000 apart).
     """
     lower, upper = ghost_radius_interval(logits, tangent)
     dtype = torch.promote_types(torch.promote_types(logits.dtype, tangent.dtype), torch.float32)
     return torch.where(lower >= 0.99 * upper, upper, lower).to(dtype)
 
 
+@torch.no_grad()
 def ghost_radius_interval(logits: Tensor, tangent: Tensor) -> RadiusInterval:
     """Certified interval of each exact ghost radius, ``(...)``; arguments as of ``exact_ghost_radius``."""
     shape = torch.broadcast_shapes(logits.shape, tangent.shape)
     z, a = _as_rows(logits, tangent)
-    step = max(_AT_A_TIME // z.shape[1], 1)
+    step = max(_AT_A_TIME // max(z.shape[1], 1024), 1)
     parts = [_intervals(*part) for part in zip(z.split(step), a.split(step), strict=True)]
     return RadiusInterval(*(torch.cat(column).reshape(shape[:-1]) for column in zip(*parts, strict=True)))
 
@@ -76,8 +79,8 @@ class LeastRadius(NamedTuple):
 
     Attributes:
         lower: 0-d, float64, certified: no position has a zero nearer; NaN where an entry of one was.
-        upper: 0-d, float64: equal to ``lower`` to 1e-6, unless the budget was spent or nothing lies ``within``: then
-            infinite.
+        upper: 0-d, float64: equal to ``lower`` to 1e-6, but for a budget that was spent and for zeros of which
+            ``RadiusInterval`` tells less; infinite where none lies ``within``.
         radii: ``(...)``, float64: of the positions of which one was found in looking for it, NaN elsewhere.
     """
 
@@ -86,6 +89,7 @@ class LeastRadius(NamedTuple):
     radii: Tensor
 
 
+@torch.no_grad()
 def least_ghost_radius(
     logits: Tensor, tangent: Tensor, mask: Tensor | None = None, *, within: float = math.inf, budget: int = 1024
 ) -> LeastRadius:
@@ -102,9 +106,9 @@ def least_ghost_radius(
         within: radii beyond it need not be told apart.
         budget: the most positions to search. Past it the interval reaches down to what is proven of the others.
     """
-    shape = tangent.shape[:-1]
+    shape = torch.broadcast_shapes(logits.shape, tangent.shape)[:-1]
     z, a = (one.to(torch.promote_types(one.dtype, torch.float32)) for one in _as_rows(logits, tangent))
-    bound = torch.where(z.isnan().any(1), math.nan, ghost_radius(a))
+    bound = torch.where((z < math.inf).all(1), ghost_radius(a), math.nan)  # infinite once it was searched
     if mask is not None:
         bound = torch.where(mask.reshape(-1), bound, math.inf)
     radii = torch.full_like(bound, math.nan, dtype=torch.float64)
@@ -124,16 +128,16 @@ def least_ghost_radius(
             suspects = nearer
             break
         clear *= _GROWTH
-    least, lower, searched, size = within, within, 0, 1
+    least, lower, searched, batch = within, within, 0, 1
     while len(suspects) and searched < budget:
-        now = suspects[: min(size, budget - searched)]
+        now = suspects[: min(batch, budget - searched)]
         # A little farther, so that what is cleared is clear of the least itself.
         intervals = _intervals(z[now], a[now], least * (1 + 2 * _TOLERANCE))
         if bool(intervals.lower.isnan().any()):
             return result(math.nan, math.nan)
         radii[now] = torch.where(intervals.upper < math.inf, intervals.upper, math.nan)
         lower, least = min(lower, float(intervals.lower.min())), min(least, float(intervals.upper.min()))
-        searched, size = searched + len(now), 8 * size
+        searched, batch = searched + len(now), 8 * batch
         bound[now] = math.inf
         suspects = _suspects(z, a, bound, least)
     if len(suspects):
@@ -153,17 +157,20 @@ def _suspects(z: Tensor, a: Tensor, bound: Tensor, radius: float) -> Tensor:
 def _as_rows(logits: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
     """Both as ``(n, classes)``, with two classes at least."""
     shape = torch.broadcast_shapes(logits.shape, tangent.shape)
-    rows = (one.expand(shape).reshape(-1, shape[-1]) for one in (logits, tangent))
+    rows = [one.expand(shape).reshape(-1, shape[-1]) for one in (logits, tangent)]
+    if tangent.device.type == "mps":  # it has no float64
+        rows = [one.cpu() for one in rows]
     z, a = ((torch.cat([one, torch.zeros_like(one)], dim=1) if shape[-1] == 1 else one) for one in rows)
     return z, a
 
 
 def _score(z: Tensor, a: Tensor, rows: Tensor, radius: float) -> Tensor:
-    """Below 1 where there is no zero within ``radius``: see ``ExponentialSums.certified_radius``; float32 will do."""
+    """Below 1 where there is no zero within ``radius``, to 1e-6 of it; see ``ExponentialSums.certified_radius``."""
     scores = []
     for part in rows.split(max(_AT_A_TIME // (4 * a.shape[1]), 1)):
         log_p, tangent = z[part].log_softmax(1), a[part]
-        tangent = tangent - tangent.mean(1, keepdim=True)  # else rounding goes by an offset that all classes share
+        # From the likeliest class: else rounding goes by an offset that all share, or by a class that does not matter.
+        tangent = tangent - tangent.gather(1, log_p.argmax(1, keepdim=True))
         p = log_p.exp()
         reach = (tangent - (p * tangent).sum(1, keepdim=True)).abs_().mul_(radius)
         scores.append((log_p.add_(reach).exp_() - p * reach.add_(1)).sum(1))
@@ -173,20 +180,18 @@ def _score(z: Tensor, a: Tensor, rows: Tensor, radius: float) -> Tensor:
 def _intervals(z: Tensor, a: Tensor, limit: float = math.inf) -> RadiusInterval:
     """Rows ``(n, classes)``, searched no farther than ``limit``."""
     z, a = z.double(), a.double()
-    if z.shape[1] == 2:
-        radius = binary_ghost_radius(z[:, 1] - z[:, 0], a[:, 1] - a[:, 0])
-        radius = torch.where(((z < math.inf) & (a.abs() < math.inf)).all(1), radius, math.nan)
-        return RadiusInterval(radius, torch.where(radius < limit, radius, math.inf))
     there = z != -math.inf
     top, bottom = torch.where(there, a, -math.inf).amax(1), torch.where(there, a, math.inf).amin(1)
-    spread, middle = top - bottom, (top + bottom) / 2
-    lower = torch.full_like(spread, math.nan)
-    lower[spread == 0] = math.inf
-    lower[~(z < math.inf).all(1)] = math.nan
+    spread, sound = top - bottom, (z < math.inf).all(1)
+    if z.shape[1] == 2:
+        radius = binary_ghost_radius(z[:, 1] - z[:, 0], spread)
+        radius = torch.where(sound & (spread < math.inf), radius, math.nan)
+        return RadiusInterval(radius, torch.where(radius < limit, radius, math.inf))
+    lower = torch.where(sound & (spread == 0), math.inf, math.nan).to(spread)
     upper = lower.clone()
-    rows = ((spread > 0) & (spread < math.inf) & (z < math.inf).all(1)).nonzero().squeeze(1)
+    rows = (sound & (spread > 0) & (spread < math.inf)).nonzero().squeeze(1)
     if len(rows):
-        scaled = torch.where(there, (a - middle[:, None]) / spread[:, None], 0.0)[rows]
+        scaled = torch.where(there, (a - bottom[:, None]) / spread[:, None] - 0.5, 0.0)[rows]
         found = _search(z[rows].log_softmax(1), scaled, limit * spread[rows])
         lower[rows], upper[rows] = (one / spread[rows] for one in found)
     return RadiusInterval(lower, upper)
@@ -223,7 +228,9 @@ def _search(log_p: Tensor, a: Tensor, limit: Tensor) -> RadiusInterval:
             of, points = ring.starts
             found = find_zeros(sums, place[of], points).abs()
             genuine = found >= lower[row[of]] * (1 - _TOLERANCE)
+            before = zero[row]
             zero.scatter_reduce_(0, row[of][genuine], found[genuine], "amin")
+            slack[row[zero[row] < (1 - _TOLERANCE) * before]] = _TOLERANCE / 2
         rows = rows[_is_open(lower[rows], zero[rows], ceiling[rows], slack[rows])]
         reach *= 4
     high = torch.minimum(zero, ceiling)

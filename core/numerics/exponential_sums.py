@@ -51,7 +51,9 @@ class ExponentialSums:
         self._half_width = 0.0
         self._moments: Tensor | None = None
         top, where = log_p.max(dim=1, keepdim=True)
-        matters = log_p - top + (a - a.gather(1, where)).abs() * reach  # at most log of the share of the sum
+        matters = (
+            log_p - top + (a - a.gather(1, where)).abs() * reach
+        )  # log of a bound on a class's share of the sum, for |t| <= reach
         kept = int((matters > -_DROP).sum(dim=1).max())
         if kept < a.shape[1]:
             index = matters.topk(kept, dim=1).indices
@@ -102,7 +104,7 @@ class ExponentialSums:
             size, first = (weight * q).sum(1), (weight * (a * q + dq)).sum(1)
             second = (weight * (a * a * q + 2 * a * dq + ddq)).sum(1)
         mean = first / size
-        return Evaluation(value, slope, size, mean, (second / size - mean**2).clamp(min=1e-9))
+        return Evaluation(value, slope, size, mean, second / size - mean**2 + 1e-12)  # rounding allowed for
 
 
 def _powers(t: Tensor, derivatives: int) -> Tensor:

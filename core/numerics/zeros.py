@@ -73,8 +73,8 @@ def count_zeros(sums: ExponentialSums, rows: Tensor, radius: Tensor) -> Ring:
 
 
 def _arcs(radius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Upper half-circles in arcs of length 2 at most: the circle of each, its beginning and its end in radians."""
-    arcs = (radius * math.pi / 2).ceil().clamp(min=4).long()
+    """Upper half-circles in arcs of length 32 at most: the circle of each, its beginning and its end in radians."""
+    arcs = (radius * math.pi / 32).ceil().clamp(min=4).long()
     of = torch.repeat_interleave(torch.arange(len(radius), device=radius.device), arcs)
     place = torch.arange(len(of), dtype=radius.dtype, device=radius.device) - (arcs.cumsum(0) - arcs)[of]
     return of, place / arcs[of] * math.pi, (place + 1) / arcs[of] * math.pi

@@ -141,6 +141,7 @@ def plot(results: list[Result], figure: Any) -> None:
                 panel.plot(*zip(*points, strict=True), color=colour, alpha=0.6, label=optimizer if not place else None)
         panel.axhline(1, color="black", linestyle=":", linewidth=1)
         panel.set(title=model, xlabel="step", yscale="log")
+        panel.minorticks_off()
         panel.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     panels[0].set_ylabel(r"$\rho^* / \rho_a$")
     panels[0].legend(fontsize=8)

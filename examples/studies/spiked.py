@@ -17,7 +17,7 @@ ARMS = {
     "clip": "gradients clipped to norm 1",
     "bound": "StepClamp by the bound",
     "exact": "StepClamp by the exact radius",
-    "sampled": "the same on 32 samples",
+    "sampled": "the exact radius on 32 samples",
 }
 CLAMPS: dict[str, Callable[[], redline.StepClamp]] = {
     "bound": partial(redline.StepClamp, radius="bound", max_samples=None),

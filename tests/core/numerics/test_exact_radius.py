@@ -268,3 +268,10 @@ class TestEdges:
         assert found.tolist() == pytest.approx(exact_ghost_radius(z.double(), a.double()).tolist(), rel=1e-5)
         assert torch.equal(z, copies[0])
         assert torch.equal(a, copies[1])
+
+
+def test_tangents_that_differ_by_their_last_bits_only():
+    """Of 50,000 classes half move by 2 on top of 1e16, where the next number is 2 away."""
+    a = torch.zeros(50_000, dtype=torch.float64)
+    a[::2] = 2.0
+    assert float(exact_ghost_radius(torch.zeros_like(a), 1e16 + a)) == pytest.approx(math.pi / 2, rel=ACCURACY)

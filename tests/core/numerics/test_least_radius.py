@@ -212,3 +212,27 @@ def test_the_interval_holds_the_truth(
     assert float(found.upper) >= least * (1 - 1e-6)
     if budget > len(rows):
         assert float(found.lower) >= min(least, within) * (1 - 1e-3), "a double zero is told less well"
+
+
+def test_a_class_that_is_not_there_does_not_hide_a_zero_however_steep_it_is() -> None:
+    z, a = torch.tensor([[0.0, 0.0, -math.inf]]), torch.tensor([[0.0, 1.0, 1e10]])
+    assert float(least_ghost_radius(z, a, within=10.0).upper) == pytest.approx(math.pi, rel=1e-5)
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4])
+def test_an_offset_that_all_tangents_share_clears_nothing(offset: float) -> None:
+    """One class of 50,000 moves: the zero of ``1 + p (exp(t) - 1)``, in float32."""
+    z, a = torch.zeros(1, 50_000), torch.full((1, 50_000), offset)
+    z[0, 0] -= 60.0
+    a[0, 0] += 1.0
+    rest = math.log(49_999) + 60.0
+    expected = math.hypot(rest, math.pi)
+    least = least_ghost_radius(z, a, within=1.0005 * expected)
+    assert float(least.upper) == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_graph_is_built_and_arguments_broadcast() -> None:
+    z, a = torch.zeros(3, 1, 4, requires_grad=True), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    least = least_ghost_radius(z, a)
+    assert not least.upper.requires_grad
+    assert least.radii.shape == (3, 5)
