@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from spiked import SignMomentum
-from study import Case, Claim, Result, Study, Table, select
+from study import Case, Claim, Result, Study, Table, judge, select
 from torch import Tensor, nn
 
 import redline
@@ -165,20 +165,20 @@ def claims(results: list[Result]) -> list[Claim]:
             "The bound never exceeds the radius.",
             "rho* >= rho_a (theorem 4.6)",
             f"least ratio {least:.4f} of {len(every)}",
-            "holds" if least >= 1 - 1e-4 else "does not hold here",  # tangents are float32
+            judge(least >= 1 - 1e-4),  # tangents are float32
         ),
         Claim(
             "The radius is 2 to 4 times the bound.",
             "open there; measured before on random logits",
             f"medians in training from {typical[lowest]:.2f} ({lowest}) to {typical[highest]:.2f} ({highest}), "
             f"{inside} of {len(typical)} within 2 to 4",
-            "holds" if inside == len(typical) else "holds in part" if inside else "does not hold here",
+            judge(inside == len(typical), inside),
         ),
         Claim(
             "Most steps that the bound puts over the redline are not beyond the radius.",
             "open there",
             f"of {len(steps)} measured steps {over} have r >= 1 by the bound, {truly} by the exact radius",
-            "holds" if truly < 0.5 * over else "holds in part" if truly < over else "does not hold here",
+            judge(truly < 0.5 * over, truly < over),
         ),
     ]
 

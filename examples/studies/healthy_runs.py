@@ -9,7 +9,7 @@ import statistics
 from typing import Any
 
 from spiked import ARMS, CLAMPS, MODELS, OPTIMIZERS, train
-from study import Case, Claim, Result, Study, Table, select
+from study import Case, Claim, Result, Study, Table, judge, select
 
 ACCURACY = "accuracy_train_mode"  # on the test batch's own statistics: BatchNorm's averages lag after so few steps
 ASKED = ("Adam", "AdamW", "sign")  # at the rates people would take; three times that is looked at besides
@@ -117,13 +117,13 @@ def claims(results: list[Result]) -> list[Claim]:
             "By the exact radius a healthy run ends as without a clamp (at most one standard deviation worse).",
             "left open",
             f"{words(exact)}. On 32 samples, the default: {words(sampled)}",
-            "holds" if spared == len(exact) + len(sampled) else "holds in part" if spared else "does not hold here",
+            judge(spared == len(exact) + len(sampled), spared),
         ),
         Claim(
             "By the bound it does not: protection costs accuracy or loss.",
             "about a point of accuracy, measured again",
             words(bound),
-            "holds" if max(bound.values()) > 1 else "does not hold here",
+            judge(max(bound.values()) > 1),
         ),
     ]
 

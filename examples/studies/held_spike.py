@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from study import Case, Claim, Result, Study, Table, select
+from study import Case, Claim, Result, Study, Table, judge, select
 from torch import nn
 
 import redline
@@ -107,13 +107,13 @@ def claims(results: list[Result]) -> list[Claim]:
             "Plain Adam recovers at the lowest rate, stays near half at the middle one, and is at chance at the third.",
             "recovers, near 50 %, chance (figure 6)",
             f"{words(plain)}, where it had {words(before)} before the spike (medians of {seeds} seeds)",
-            "holds" if all(seen) else "holds in part" if any(seen) else "does not hold here",
+            judge(all(seen), any(seen)),
         ),
         Claim(
             "With the clamp the run survives at all three (80 % at least, and no more than 5 points below its start).",
             "survives all three (figure 6)",
             f"by the bound {words(ends['bound'])}; by the exact radius {words(ends['exact'])}",
-            "holds" if all(survived) else "holds in part" if any(survived) else "does not hold here",
+            judge(all(survived), any(survived)),
         ),
     ]
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, train
 from one_step import accuracy, descent, first, log_grid, logits_after, radius
-from study import Case, Claim, Result, Study, Table, select
+from study import Case, Claim, Result, Study, Table, judge, select
 
 from redline.integrations.demo.data import digits
 
@@ -104,19 +104,19 @@ def claims(results: list[Result]) -> list[Claim]:
             "none of six (figures 1 and 7)",
             f"{losers} of {len(worst)} do, {100 * max(worst):.1f} points at most; in the worst single run "
             f"{100 * single:.1f} points; {seeds}",
-            "holds" if not losers else "holds in part" if losers < len(worst) / 2 else "does not hold here",
+            judge(not losers, losers < len(worst) / 2),
         ),
         Claim(
             "The linear model turns (loses 2 points) at r = 1, to within a factor of 2.",
             "at r = 1 (figure 7); measured again: 0.955 to 0.89 at r = 10",
             f"2 points lost at r = {said(linear)}; {before:.3f} to {after:.3f} at r = 10; {seeds}",
-            "holds" if 1 <= linear <= 2 else "holds in part" if 1 <= linear <= 10 else "does not hold here",
+            judge(1 <= linear <= 2, 1 <= linear <= 10),
         ),
         Claim(
             "The other models turn (lose 2 points) between r = 1 and 10.",
             "all five (figure 7)",
             f"{inside} of {len(others)}, all five between {said(min(others))} and {said(max(others))}; {seeds}",
-            "holds" if inside == len(others) else "holds in part" if inside else "does not hold here",
+            judge(inside == len(others), inside),
         ),
     ]
 

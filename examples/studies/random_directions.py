@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, train
 from one_step import descent, first, log_grid, logits_after, radius, unit
-from study import Case, Claim, Result, Study, Table, select
+from study import Case, Claim, Result, Study, Table, judge, select
 
 from redline.integrations.demo.data import digits
 
@@ -131,7 +131,7 @@ def near(results: list[Result], of: str, what: str) -> Claim:
         f"{what} near r = 1, within half a decade, at every phase, along the gradient and random directions.",
         "both near r = 1 (figure 8)",
         f"{inside} of {len(at)} medians lie there; {ranges}, over models and phases; {len(results)} runs",
-        "holds" if inside == len(at) else "holds in part" if inside >= len(at) / 2 else "does not hold here",
+        judge(inside == len(at), inside >= len(at) / 2),
     )
 
 

@@ -10,7 +10,7 @@ import statistics
 from typing import Any
 
 from spiked import ARMS, CLAMPS, MODELS, train
-from study import Case, Claim, Result, Study, Table, select
+from study import Case, Claim, Result, Study, Table, judge, select
 
 SEVERITIES = (10, 100, 1_000, 10_000)
 PUBLISHED = {  # final test accuracy at x10,000
@@ -113,25 +113,25 @@ def claims(results: list[Result]) -> list[Claim]:
             "One step at 10,000 times the rate ruins plain Adam and clipped gradients (20 points lost at least).",
             "plain: Transformer 31.8 %, MLP+LN 44.6 %; clipped: 38.7 %, 51.5 % (table 1)",
             f"plain: {words(plain)}; clipped: {words(clip)} (medians of {seeds} seeds)",
-            "holds" if broken == 2 * len(models) else "holds in part" if broken else "does not hold here",
+            judge(broken == 2 * len(models), broken),
         ),
         Claim(
             "Held inside the bound, the run goes on as if nothing had been (to a point of the published accuracy).",
             "Transformer 95.3 %, MLP+LN 93.9 % (table 1)",
             f"{words(bound)}; without a spike {words(twin)}",
-            "holds" if kept == len(models) else "holds in part" if kept else "does not hold here",
+            judge(kept == len(models), kept),
         ),
         Claim(
             "The exact radius protects as well as the bound does (to a point).",
             "left open",
             f"{words(exact)}; on 32 samples {words(sampled)}",
-            "holds" if as_good == 2 * len(models) else "holds in part" if as_good else "does not hold here",
+            judge(as_good == 2 * len(models), as_good),
         ),
         Claim(
             "With that rate held to the end, all of these keep the run (to 3 points of the run without a spike).",
             "measured again: 93 to 95 % by the bound",
             "; ".join(f"{ARMS[arm]}: {words(found)}" for arm, found in held.items()),
-            "holds" if stayed == len(held) * len(models) else "holds in part" if stayed else "does not hold here",
+            judge(stayed == len(held) * len(models), stayed),
         ),
     ]
     if select(results, model="CNN+BN"):
@@ -149,7 +149,7 @@ def claims(results: list[Result]) -> list[Claim]:
                 f"twin {calm:.3g}; plain {loss['plain']:.3g}, clipped {loss['clip']:.3g}, bound {loss['bound']:.3g}, "
                 f"exact {loss['exact']:.3g}; test accuracy on batch statistics {test['plain']:.1%}, "
                 f"{test['clip']:.1%}, {test['bound']:.1%}, {test['exact']:.1%}",
-                "holds" if ruined and near == 2 else "holds in part" if ruined and near else "does not hold here",
+                judge(ruined and near == 2, ruined and near),
             )
         )
     return made

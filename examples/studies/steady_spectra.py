@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from study import Case, Claim, Result, Study, Table, Verdict, select
+from study import Case, Claim, Result, Study, Table, judge, select
 
 import redline
 from redline.integrations.demo.data import byte_batch, library_bytes
@@ -190,7 +190,7 @@ def settled(results: list[Result]) -> Claim:
         "quickly, no figure (abstract)",
         f"sigma_1 in the last quarter of a run over that in the quarter before, median of its "
         f"{len(results[0]['drift'])} matrices: {spread(drifts)}, median {median(drifts):.3f}, {len(results)} runs",
-        verdict(max(abs(drift - 1) for drift in drifts) <= 0.1, abs(median(drifts) - 1) <= 0.1),
+        judge(max(abs(drift - 1) for drift in drifts) <= 0.1, abs(median(drifts) - 1) <= 0.1),
     )
 
 
@@ -206,7 +206,7 @@ def in_rates(results: list[Result]) -> Claim:
         + ", ".join(f"{way} {median(some):.2f} ({spread(some)})" for way, some in fitted.items())
         + f"; Frobenius norm {', '.join(f'{exponent:.2f}' for exponent in frobenius)}; d = {runs[0]['width']}, "
         f"{len(runs)} runs or more each",
-        verdict(all(close), any(close)),
+        judge(all(close), any(close)),
     )
 
 
@@ -221,7 +221,7 @@ def in_width(results: list[Result]) -> Claim:
         f"median of {len(KINDS)} kinds of matrices (and range), at the lr and wd of d = "
         + ", ".join(f"{anchor} {median(some):.2f} ({spread(some)})" for anchor, some in fitted.items())
         + f"; root mean square of all singular values {spread(bulk)}; {len(unscaled[0])} runs each",
-        verdict(all(close), any(close)),
+        judge(all(close), any(close)),
     )
 
 
@@ -237,7 +237,7 @@ def matched(results: list[Result]) -> Claim:
         + ", ".join(f"{median(some):.2f} ({spread(some)}) at {width}" for width, some in by_rule.items())
         + f"; with nothing scaled {median(plain[widest]):.2f} ({spread(plain[widest])}) at {widest}; {len(runs)} "
         "runs by the rule",
-        verdict(close, abs(math.log(median(by_rule[widest]))) <= abs(math.log(median(plain[widest]))) / 2),
+        judge(close, abs(math.log(median(by_rule[widest]))) <= abs(math.log(median(plain[widest]))) / 2),
     )
 
 
@@ -253,12 +253,8 @@ def lower_loss(results: list[Result]) -> Claim:
         "lr and wd transfer (abstract)",
         f"{fmean(early):.3f} against {fmean(late):.3f} at d = {widest} after as many steps, no higher in "
         f"{sum(one <= 0 for one in worse)} of {len(worse)} seeds",
-        verdict(max(worse) <= 0, fmean(worse) <= 0),
+        judge(max(worse) <= 0, fmean(worse) <= 0),
     )
-
-
-def verdict(holds: bool, in_part: bool) -> Verdict:
-    return "holds" if holds else "holds in part" if in_part else "does not hold here"
 
 
 def spread(values: list[float]) -> str:

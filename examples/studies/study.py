@@ -163,6 +163,11 @@ class Study:
         figure.savefig(path, dpi=110)
 
 
+def judge(holds: bool, in_part: bool | int = False) -> Verdict:
+    """The verdict on a claim that holds, or else in part (or of some, counted)."""
+    return "holds" if holds else "holds in part" if in_part else "does not hold here"
+
+
 def select(results: list[Result], **where: Any) -> list[Result]:
     """The results of which all these hold."""
     return [one for one in results if all(name in one and one[name] == value for name, value in where.items())]

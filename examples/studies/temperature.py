@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from architectures import ARCHITECTURES, train
 from one_step import accuracy, descent, log_grid, logits_after, radius
-from study import Case, Claim, Result, Study, Table, Verdict, select
+from study import Case, Claim, Result, Study, Table, Verdict, judge, select
 from torch import nn
 
 from redline.integrations.demo.data import digits
@@ -130,7 +130,7 @@ def claim(results: list[Result], onset: str, what: str) -> Claim:
     there = [spread for spread in found.values() if spread is not None]
     tau, r = (statistics.median(one[k] for one in there) if there else math.nan for k in (0, 1))
     halved = sum(in_r < in_tau / 2 for in_tau, in_r in there)
-    verdict: Verdict = "holds" if halved == len(found) else "holds in part" if r < tau else "does not hold here"
+    verdict: Verdict = judge(halved == len(found), r < tau)
     runs = len(select(results, learned="once"))
     each = [median_spreads(results, name, "each", onset) for name in found]
     other = [spread for spread in each if spread is not None]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from study import Case, Claim, Result, Study, Table, Verdict, select
+from study import Case, Claim, Result, Study, Table, Verdict, judge, select
 from torch import Tensor, nn
 
 from redline.integrations.demo.data import digits
@@ -194,7 +194,7 @@ def grows(results: list[Result]) -> Claim:
         for name in OPTIMIZERS
     }
     grown = [late >= 2 * early for early, late in ratios.values()]
-    verdict: Verdict = "holds" if all(grown) else "holds in part" if any(grown) else "does not hold here"
+    verdict: Verdict = judge(all(grown), any(grown))
     found = " and ".join(f"{early:.2f} to {late:.2f} ({name})" for name, (early, late) in ratios.items())
     return Claim(
         "From early to late the output's radius comes down against the feed-forward's.",
@@ -223,7 +223,7 @@ def over(results: list[Result]) -> str:
     return f"{runs} run{'s' if runs > 1 else ''} of each"
 
 
-STUDY = Study(
+study = Study(
     name="which_binds",
     title="Which radius binds: the output's, attention's or the feed-forward's.",
     source="arXiv 2603.13552, table 2",
@@ -236,4 +236,4 @@ STUDY = Study(
 )
 
 if __name__ == "__main__":
-    STUDY.main()
+    study.main()

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,29 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-STUDIES = Path(__file__).resolve().parents[2] / "examples" / "studies"
 NARROW, WIDE = 32, 128
 Result = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the short form leaves on disk, started as a user would; a minute of one core."""
-    out = tmp_path_factory.mktemp("steady_spectra")
-    command = [sys.executable, str(STUDIES / "steady_spectra.py"), "--quick", "--out", str(out)]
-    done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert (out / "steady_spectra.png").exists()
-    return json.loads((out / "steady_spectra.json").read_text())
+def page(short_form: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return short_form("steady_spectra")
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    sys.path.insert(0, str(STUDIES))  # as when it is run
-    try:
-        return importlib.import_module("steady_spectra")
-    finally:
-        sys.path.remove(str(STUDIES))
+def script(load_study: Callable[[str], ModuleType]) -> ModuleType:
+    return load_study("steady_spectra")
 
 
 def figures(claims: list[Any], about: str) -> tuple[str, list[float]]:

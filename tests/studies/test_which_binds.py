@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,31 +17,17 @@ from torch.func import functional_call
 
 from redline.integrations.demo.data import digits
 
-STUDIES = Path(__file__).resolve().parents[2] / "examples" / "studies"
 EVIDENCE = Path(__file__).resolve().parents[2] / "docs" / "evidence" / "which_binds.json"
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the short form writes, started as a user would."""
-    out = tmp_path_factory.mktemp("which_binds")
-    done = subprocess.run(
-        [sys.executable, str(STUDIES / "which_binds.py"), "--quick", "--out", str(out)],
-        env={**os.environ, "PYTHONWARNINGS": "default"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (out / "which_binds.png").stat().st_size > 10_000
-    return json.loads((out / "which_binds.json").read_text())
+def page(short_form: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return short_form("which_binds")
 
 
 @pytest.fixture(scope="module")
-def study() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(STUDIES))
-    yield importlib.import_module("which_binds")
-    sys.path.remove(str(STUDIES))
+def study(load_study: Callable[[str], ModuleType]) -> ModuleType:
+    return load_study("which_binds")
 
 
 def made_up(*bound: tuple[str, str, str]) -> list[dict[str, Any]]:
