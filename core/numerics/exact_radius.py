@@ -108,7 +108,7 @@ def least_ghost_radius(
     """
     shape = torch.broadcast_shapes(logits.shape, tangent.shape)[:-1]
     z, a = (one.to(torch.promote_types(one.dtype, torch.float32)) for one in _as_rows(logits, tangent))
-    bound = torch.where((z < math.inf).all(1), ghost_radius(a), math.nan)  # infinite once it was searched
+    bound = torch.where(z.amax(1) < math.inf, ghost_radius(a), math.nan)  # infinite once it was searched
     if mask is not None:
         bound = torch.where(mask.reshape(-1), bound, math.inf)
     radii = torch.full_like(bound, math.nan, dtype=torch.float64)
