@@ -107,7 +107,7 @@ BINDING_STEP_SIZE = _define(
     "radius", tracked=True,
 )  # fmt: skip
 STEP_SCALE = _define("step_scale", "gauge", "1", "Factor that the controllers put on the whole step; 1 is untouched.")
-TANGENT_SAMPLES = _define("tangent_samples", "gauge", "1", "Samples of the batch over which r is the maximum.")
+TANGENT_SAMPLES = _define("tangent_samples", "gauge", "1", "Samples over which r is the maximum, remembered ones too.")
 BATCH_SAMPLES = _define("batch_samples", "gauge", "1", "Samples in the batch that r was measured on.")
 LOSS = _define("loss", "gauge", "1", "Training loss of the last step.", tracked=True)
 GRADIENT_NORM = _define("gradient_norm", "gauge", "1", "L2 norm of the gradients the optimizer was given.")

@@ -76,7 +76,7 @@ def _facts(report: StabilityReport) -> Table:
 
 
 def _distribution(sizes: StepSizes) -> RenderableType:
-    over = f"over {sizes.samples} of {sizes.batch} samples" if sizes.samples else ""
+    over = f"over {sizes.samples} samples (batches of {sizes.batch})" if sizes.samples else ""
     method = " and ".join(name.replace("_", " ") for name in sizes.method)
     heading = Text.assemble(
         ("Step size r", "bold"),

@@ -332,7 +332,7 @@ def test_the_distribution_is_shown():
         report_of([0.02, 0.02, 0.2, 1.5], values={"redline_tangent_samples": 32.0, "redline_batch_samples": 128.0})
     )
     assert re.search(r"median 0\.11 .* highest 1\.5 at step 3", text)
-    assert re.search(r"4 measurements, each over 32 of 128 samples, by forward mode", text)
+    assert re.search(r"4 measurements, each over 32 samples \(batches of 128\), by forward mode", text)
     assert re.search(r"0\.01 – 0\.03\s+█+\s+2\b", text)
     assert re.search(r"1 – 3\s+█+\s+1\b", text)
 
