@@ -154,9 +154,9 @@ class Readings:
         else:
             self._counts[series] = self._counts.get(series, 0.0) + amount
 
-    def absent(self, metric: Metric) -> None:
-        """Say that a gauge without labels could not be measured at this step: its last value would mislead."""
-        self._add(metric, (Series(metric.name),), None, None)
+    def absent(self, metric: Metric, *labels: str) -> None:
+        """Say that a gauge could not be measured at this step: its last value would mislead."""
+        self._add(metric, (Series(metric.name, labels),), None, None)
 
     def fetch(self, run: RunInfo) -> Snapshot:
         """Bring everything to the host in one copy a device, and take a snapshot."""

@@ -11,6 +11,7 @@ from redline import metrics
 from redline.errors import ConfigurationError
 from redline.monitor import Monitor, Need
 from redline.numerics.layer_radii import QUANTILE
+from redline.numerics.layer_recorder import LayerSteps
 from redline.readings import Readings
 from redline.sample_memory import MAX_SAMPLES, REMEMBER, check_sub_sample
 from redline.schedules import Schedule
@@ -55,14 +56,20 @@ class LayerRadii(Monitor):
         if not 0 < quantile <= 1:
             raise ConfigurationError(f"got quantile={quantile}; expected a share in (0, 1], such as 0.01.")
         self.max_samples, self.remember, self.quantile = max_samples, remember, quantile
+        self._shown: set[tuple[metrics.Metric, str]] = set()  # at the last measurement, with their label
 
     def measure(self, step: Step, readings: Readings) -> None:
         """Measure the step as proposed."""
+        before, self._shown = self._shown, set()
         tangent = step.tangent(self.max_samples, self.remember)
-        if tangent is None or tangent.layers is None:
-            return
-        r, layers = tangent.normalized_step_size, tangent.layers
+        if tangent is not None and tangent.layers is not None:
+            self._show(tangent.normalized_step_size, tangent.layers, readings)
+        for metric, label in before - self._shown:
+            readings.absent(metric, label)
+
+    def _show(self, r: Tensor, layers: LayerSteps, readings: Readings) -> None:
         readings.gauge(metrics.BINDING_STEP_SIZE, r, "output")
+        self._shown.add((metrics.BINDING_STEP_SIZE, "output"))
         of_each: list[tuple[str, metrics.Metric, dict[str, Tensor]]] = [
             ("attention", metrics.ATTENTION_STEP_SIZE, layers.attention),
             ("activation", metrics.ACTIVATION_STEP_SIZE, layers.activation(self.quantile)),
@@ -72,3 +79,4 @@ class LayerRadii(Monitor):
                 values = torch.stack([size.to(r, non_blocking=True) for size in sizes.values()])
                 readings.layers(metric, list(sizes), values)
                 readings.gauge(metrics.BINDING_STEP_SIZE, values.amax(), radius)
+                self._shown |= {(metric, layer) for layer in sizes} | {(metrics.BINDING_STEP_SIZE, radius)}

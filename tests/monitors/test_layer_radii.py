@@ -247,3 +247,18 @@ def test_the_report_says_which_radius_binds(capsys: pytest.CaptureFixture[str]):
     assert binding["activation"].layer == max(last, key=lambda name: last[name])
     rich.print(step.session.report())
     assert "Which radius binds" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::redline.errors.RedlineWarning")
+def test_what_can_no_longer_be_measured_does_not_stay_behind():
+    """A forward in training mode, and then a step without one."""
+    model = Mixed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    x = torch.randn(4, TIME, WIDTH, generator=torch.Generator().manual_seed(0))
+    names = {ATTENTION, ACTIVATION, BINDING}
+    with redline.attach(model, optimizer, monitors=[everything()]) as session:
+        model(x).square().mean().backward()
+        optimizer.step()
+        assert {one.metric for one in session.latest.values} & names == names
+        optimizer.step()
+        assert not {one.metric for one in session.latest.values} & names
