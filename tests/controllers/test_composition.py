@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import ControlledRun, frozen
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.optim import Optimizer
@@ -72,7 +73,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
     return x, x[:, :CLASSES].argmax(1)
 
 
-class Run:
+class Run(ControlledRun):
     """A model with its optimizers; two made alike are alike."""
 
     def __init__(self, optimizers: Callable[[nn.Module], list[Optimizer]] = adamw) -> None:
@@ -80,11 +81,6 @@ class Run:
         self.model = Net()
         self.optimizers = optimizers(self.model)
         self.session: redline.Session | None = None
-
-    def attach(self, *controllers: redline.Controller, **arguments: Any) -> redline.Session:
-        arguments = {"monitors": [], **arguments}
-        self.session = redline.attach(self.model, self.optimizers, controllers=controllers, **arguments)
-        return self.session
 
     def step(self, seed: int, broken: bool = False) -> None:
         for optimizer in self.optimizers:
@@ -102,33 +98,6 @@ class Run:
     def steps(self, first: int, last: int) -> None:
         for seed in range(first, last):
             self.step(seed)
-
-    def uncontrolled(self) -> Run:
-        """A copy, which nobody watches."""
-        twin = copy.copy(self)
-        twin.model, twin.optimizers = copy.deepcopy((self.model, self.optimizers))
-        twin.session = None
-        return twin
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-
-    @property
-    def everything(self) -> Any:
-        return frozen(self.model.state_dict()), [frozen(optimizer.state_dict()) for optimizer in self.optimizers]
-
-
-def frozen(value: Any) -> Any:
-    """A copy that compares by bits: tensors as their type and bytes."""
-    if isinstance(value, Tensor):
-        data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return str(value.dtype), tuple(value.shape), data
-    if isinstance(value, float):
-        return value.hex()
-    if isinstance(value, Mapping):
-        return {key: frozen(inner) for key, inner in value.items()}
-    return [frozen(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def sigma(tensor: Tensor) -> float:

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -145,16 +146,6 @@ class Run:
     @property
     def everything(self) -> Any:
         return {"parameters": self.parameters, "buffers": self.buffers, "state": self.state}
-
-
-def frozen(value: Any) -> Any:
-    """A copy that compares by bits: tensors as their type and bytes."""
-    if isinstance(value, Tensor):
-        data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return str(value.dtype), tuple(value.shape), data
-    if isinstance(value, dict):
-        return {key: frozen(inner) for key, inner in value.items()}
-    return [frozen(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def is_finite(model: nn.Module) -> bool:

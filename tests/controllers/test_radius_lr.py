@@ -10,7 +10,7 @@ import copy
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import ControlledRun, HostReads, frozen
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import redline
 from redline import ConfigurationError, GhostRadius, NonFiniteGuard, RadiusLR, RedlineWarning, RunStoppedError
@@ -87,7 +87,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
     return x, x[:, :CLASSES].argmax(1)
 
 
-class Run:
+class Run(ControlledRun):
     """A model with its optimizers; two made alike are alike."""
 
     def __init__(
@@ -124,38 +124,6 @@ class Run:
     def steps_of(self, seeds: Iterable[int]) -> None:
         for seed in seeds:
             self.step(seed)
-
-    def attach(self, *controllers: redline.Controller, **arguments: Any) -> redline.Session:
-        arguments = {"monitors": [], **arguments}
-        self.session = redline.attach(self.model, self.optimizers, controllers=controllers, **arguments)
-        return self.session
-
-    def uncontrolled(self) -> Run:
-        """A copy, which nobody watches."""
-        twin = copy.copy(self)
-        twin.model, twin.optimizers = copy.deepcopy((self.model, self.optimizers))
-        twin.session = None
-        return twin
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-
-    @property
-    def everything(self) -> Any:
-        return frozen(self.model.state_dict()), [frozen(optimizer.state_dict()) for optimizer in self.optimizers]
-
-
-def frozen(value: Any) -> Any:
-    """A copy that compares by bits: tensors as their type and bytes."""
-    if isinstance(value, Tensor):
-        data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return str(value.dtype), tuple(value.shape), data
-    if isinstance(value, float):
-        return value.hex()
-    if isinstance(value, Mapping):
-        return {key: frozen(inner) for key, inner in value.items()}
-    return [frozen(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def prepared(optimizers: Callable[[nn.Module], list[Optimizer]] = sgd, model: Callable[[], nn.Module] = plain) -> Run:
@@ -815,20 +783,6 @@ def test_on_an_accelerator_the_run_is_the_same(
     on_device = run()
     for what, host, device in zip(("run", "trace", "gauges", "counters"), on_host, on_device, strict=True):
         assert device == host, what
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the operations for which the host would wait."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name()
-        if name in ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::nonzero", "aten::is_nonzero"):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @EVERY_MODEL

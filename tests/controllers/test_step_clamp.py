@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import ControlledRun, HostReads, frozen
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import redline
@@ -80,7 +80,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, CLASSES, (BATCH,), generator=generator)
 
 
-class Run:
+class Run(ControlledRun):
     """A model with its optimizers; two made alike are alike."""
 
     def __init__(
@@ -111,36 +111,6 @@ class Run:
     def steps_of(self, seeds: Iterable[int]) -> None:
         for seed in seeds:
             self.step(seed)
-
-    def attach(self, *controllers: redline.Controller, **arguments: Any) -> redline.Session:
-        arguments = {"monitors": [], **arguments}
-        self.session = redline.attach(self.model, self.optimizers, controllers=controllers, **arguments)
-        return self.session
-
-    def uncontrolled(self) -> Run:
-        """A copy, which nobody watches."""
-        twin = copy.copy(self)
-        twin.model, twin.optimizers = copy.deepcopy((self.model, self.optimizers))
-        twin.session = None
-        return twin
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-
-    @property
-    def everything(self) -> Any:
-        return frozen(self.model.state_dict()), [frozen(optimizer.state_dict()) for optimizer in self.optimizers]
-
-
-def frozen(value: Any) -> Any:
-    """A copy that compares by bits: tensors as their type and bytes."""
-    if isinstance(value, Tensor):
-        data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return str(value.dtype), tuple(value.shape), data
-    if isinstance(value, dict):
-        return {key: frozen(inner) for key, inner in value.items()}
-    return [frozen(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def prepared(optimizers: Callable[[nn.Module], list[Optimizer]] = sgd, model: Callable[[], nn.Module] = plain) -> Run:
@@ -973,20 +943,6 @@ def test_on_an_accelerator_the_run_is_the_same_in_other_precisions(
     on_host = run()
     accelerated()
     assert run() == on_host
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the operations for which the host would wait."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name()
-        if name in ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::nonzero", "aten::is_nonzero"):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("optimizers", [sgd, adamw_fused], ids=lambda make: make.__name__)

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import HostReads, frozen
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import redline
 import redline.spectrum_tracker
@@ -221,18 +221,6 @@ def prepared(optimizers: Optimizers = adamw, model: Callable[[], nn.Module] = pl
     run.step(1)
     run.step(2)
     return run
-
-
-def frozen(value: Any) -> Any:
-    """A copy that compares by bits: tensors as their type and bytes."""
-    if isinstance(value, Tensor):
-        data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return str(value.dtype), tuple(value.shape), data
-    if isinstance(value, float):
-        return value.hex()
-    if isinstance(value, Mapping):
-        return {key: frozen(inner) for key, inner in value.items()}
-    return [frozen(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 # The reference ----------------------------------------------------------------------------------------------------
@@ -1428,20 +1416,6 @@ def accelerated(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         monkeypatch.setattr("redline.spectrum_tracker.top_singular_values", unwatched)
 
     return begin
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the operations for which the host would wait."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name()
-        if name in ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::nonzero", "aten::is_nonzero"):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def sgd_in_tensors(model: nn.Module) -> list[Optimizer]:

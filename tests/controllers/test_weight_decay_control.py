@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import ControlledRun, HostReads, frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import redline
 from redline import ConfigurationError, UpdateClamp, WeightDecayControl, WeightSpectrum
@@ -270,7 +270,7 @@ EVERY_OPTIMIZER = pytest.mark.parametrize(
 )
 
 
-class Run:
+class Run(ControlledRun):
     """A model with its optimizers; two made alike are alike."""
 
     def __init__(
@@ -284,11 +284,6 @@ class Run:
         self.dtype = dtype
         self.optimizers = optimizers(self.model)
         self.session: redline.Session | None = None
-
-    def attach(self, *controllers: redline.Controller, **arguments: Any) -> redline.Session:
-        arguments = {"monitors": [], **arguments}
-        self.session = redline.attach(self.model, self.optimizers, controllers=controllers, **arguments)
-        return self.session
 
     def backward(self, seed: int) -> None:
         for optimizer in self.optimizers:
@@ -305,21 +300,6 @@ class Run:
         for seed in range(first, last):
             self.step(seed)
 
-    def uncontrolled(self) -> Run:
-        """A copy, which nobody watches."""
-        twin = copy.copy(self)
-        twin.model, twin.optimizers = copy.deepcopy((self.model, self.optimizers))
-        twin.session = None
-        return twin
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-
-    @property
-    def everything(self) -> Any:
-        return frozen(self.model.state_dict()), [frozen(optimizer.state_dict()) for optimizer in self.optimizers]
-
     def group_of(self, name: str) -> dict[str, Any]:
         parameter = self.model.get_parameter(name)
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -328,18 +308,6 @@ class Run:
     def in_force(self) -> dict[str, float]:
         assert self.session is not None
         return self.session.latest.layers(IN_FORCE)
-
-
-def frozen(value: Any) -> Any:
-    """A copy that compares by bits: tensors as their type and bytes."""
-    if isinstance(value, Tensor):
-        data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return str(value.dtype), tuple(value.shape), data
-    if isinstance(value, float):
-        return value.hex()
-    if isinstance(value, Mapping):
-        return {key: frozen(inner) for key, inner in value.items()}
-    return [frozen(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def assert_decayed_by(
@@ -1127,20 +1095,6 @@ def test_on_an_accelerator_the_run_is_the_same(
     assert on_device[1] == pytest.approx(on_host[1], rel=1e-6)
     assert on_device[2:] == on_host[2:]
     assert len(on_host[2]) == 5
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the operations for which the host would wait."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name()
-        if name in ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::nonzero", "aten::is_nonzero"):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("model", [Net, Stack], ids=lambda make: make.__name__)

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import HostReads
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import redline
 from redline import (
@@ -939,20 +939,6 @@ def test_interventions_are_counted_by_action_from_the_start(numbers: Numbers) ->
         total = session.latest.series("redline_interventions_total")
     assert (total["Deciding", "scale"], total["Deciding", "decay"]) == (1, 3)
     assert sum(total.values()) == 4
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the operations for which the host would wait."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name()
-        if name in ("aten::_local_scalar_dense", "aten::item", "aten::equal", "aten::nonzero", "aten::is_nonzero"):
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def test_on_an_accelerator_nobody_waits_and_the_trace_is_told_later() -> None:
