@@ -1,7 +1,7 @@
 """What each controller costs on every step, against nothing, on the byte-level model; the clamp by method and samples.
 
-    python benchmarks/controllers.py --write                      # 5 repetitions of 40 interleaved pairs, 20 minutes
-    python benchmarks/controllers.py --repeats 1 --steps 10       # a quick look
+    python benchmarks/controllers.py --write                      # 5 repetitions of 40 interleaved pairs
+    python benchmarks/controllers.py --quick                      # a look
     python benchmarks/controllers.py --only UpdateClamp           # some of the cases
 
 Published for one step of 12.6 ms (arXiv 2603.13552): +66 % by finite difference, +129 % by a Jacobian-vector product,
@@ -12,20 +12,17 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-import torch
-from pairs import Trainer, measure
+from frame import Benchmark, Page, Setting, median_and_spread
+from pairs import Attach, Trainer, byte_level, measure
 
 import redline
-from redline.integrations.demo.machine import describe
-from redline.integrations.demo.models import ByteLM
 from redline.numerics.tangents import FINITE_DIFFERENCE
 
-RESULTS = Path(__file__).parent / "results"
+QUIET = "quiet run: "
 
 
-def clamp(samples: int | None, *, difference: bool = False, **settings) -> Callable[[Trainer], redline.Session]:
+def clamp(samples: int | None, *, difference: bool = False, **settings) -> Attach:
     """Attach a clamp alone; ``difference``: as if finite differences had been found to be what works."""
 
     def attach(trainer: Trainer) -> redline.Session:
@@ -39,13 +36,13 @@ def clamp(samples: int | None, *, difference: bool = False, **settings) -> Calla
     return attach
 
 
-def controllers(*made: Callable[[], redline.Controller]) -> Callable[[Trainer], redline.Session]:
+def controllers(*made: Callable[[], redline.Controller]) -> Attach:
     return lambda trainer: redline.attach(
         trainer.model, trainer.optimizer, monitors=[], controllers=[one() for one in made]
     )
 
 
-CASES: dict[str, Callable[[Trainer], redline.Session]] = {
+CASES: dict[str, Attach] = {
     "StepClamp, forward mode, 32 samples (the default)": clamp(32),
     "StepClamp, finite difference, 32 samples": clamp(32, difference=True),
     "StepClamp, forward mode, whole batch": clamp(None),
@@ -53,6 +50,9 @@ CASES: dict[str, Callable[[Trainer], redline.Session]] = {
     "StepClamp, exact radius, 32 samples": clamp(32, radius="exact"),
     "StepClamp, exact radius, 32 samples, every step searched": clamp(32, radius="exact", max_r=0.01),
     "StepClamp, exact radius, whole batch, every step searched": clamp(None, radius="exact", max_r=0.01),
+    "StepClamp(max_r=0.2), 32 samples, near the redline": clamp(32, max_r=0.2),
+    QUIET + "StepClamp, 32 samples (the default)": clamp(32),
+    QUIET + "StepClamp(max_r=0.2), 32 samples": clamp(32, max_r=0.2),
     "NonFiniteGuard": controllers(redline.NonFiniteGuard),
     "SpikeGuard": controllers(redline.SpikeGuard),
     "these three, at their defaults": controllers(redline.NonFiniteGuard, redline.SpikeGuard, redline.StepClamp),
@@ -64,48 +64,70 @@ CASES: dict[str, Callable[[Trainer], redline.Session]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=128, help="sequences of 64 bytes (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
-    parser.add_argument("--write", action="store_true", help="write the results file")
-    options = parser.parse_args()
+class Tangents:
+    """Attaches as it is told to, and keeps the r of every tangent that is taken from then on."""
 
-    lines = [
-        "# Cost of the controllers",
-        "",
-        f"{describe()}.",
-        "",
-        f"ByteLM ({sum(p.numel() for p in ByteLM().parameters()):,} parameters), batch {options.batch} x 64 bytes, "
-        f"AdamW, {options.device}, on every step; {options.repeats} repetitions of {options.steps} interleaved "
-        "pairs of steps, nothing trimmed.",
-        f"Command: `python benchmarks/controllers.py --repeats {options.repeats} --steps {options.steps} --write`. "
-        "Published, on the whole batch of another model: +129 % by a Jacobian-vector product, +66 % by a finite "
+    def __init__(self, attach: Attach) -> None:
+        self._attach, self.r = attach, []
+
+    def __call__(self, trainer: Trainer) -> redline.Session:
+        session = self._attach(trainer)
+        take = session._probe.measure
+
+        def counted(*args, **kwargs):
+            taken = take(*args, **kwargs)
+            if taken is not None:
+                self.r.append(taken.normalized_step_size.detach())  # not waited for here: it would be timed
+            return taken
+
+        session._probe.measure = counted
+        return session
+
+
+def run(page: Page, options: argparse.Namespace) -> None:
+    workload = byte_level(options.batch)
+    page.text(
+        f"ByteLM ({workload.parameters:,} parameters), batch {options.batch} x 64 bytes, AdamW, {options.device}, on "
+        f"every step; {options.repeats} repetitions of {options.steps} interleaved pairs of steps, nothing trimmed. "
+        f"Controllers are attached after 3 steps; in a quiet run after {options.warmup}, when steps have become short.",
+        "Tangents and r are those of the controlled run: how many of its steps took one, and the median of what they "
+        "told. Published, on the whole batch of another model: +129 % by a Jacobian-vector product, +66 % by a finite "
         "difference.",
-        "",
-        "| controllers | time over plain: median | min – max | plain step |",
-        "|---|---|---|---|",
-    ]
-    print("\n".join(lines))
+    )
+    page.table("controllers", "time over plain: median", "min – max", "plain step", "tangents", "median r")
     for name, attach in CASES.items():
         if options.only not in name:
             continue
-        pairs = [
-            measure(attach, seed, steps=options.steps, batch=options.batch, device=options.device)
-            for seed in range(options.repeats)
-        ]
-        more = [controlled / plain - 1 for plain, controlled in pairs]
-        step = statistics.median(plain for plain, _ in pairs) / options.steps
-        spread = f"{min(more):+.1%} – {max(more):+.1%}"
-        lines.append(f"| {name} | {statistics.median(more):+.1%} | {spread} | {step * 1e3:.1f} ms |")
-        print(lines[-1], flush=True)
-    if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"controllers_{options.device}.md").write_text("\n".join(lines) + "\n")
+        tangents, sums = Tangents(attach), []
+        for seed in range(options.repeats):
+            seconds = measure(
+                tangents,
+                workload,
+                seed,
+                pairs=options.steps,
+                device=options.device,
+                warmup=options.warmup if name.startswith(QUIET) else 3,
+            )
+            sums.append(seconds.sum(0).tolist())
+        median, around = median_and_spread([controlled / plain - 1 for plain, controlled in sums], "+.1%")
+        step = statistics.median(plain for plain, _ in sums) / options.steps
+        r = [float(one) for one in tangents.r]
+        taken = f"{len(r)} in {options.repeats * options.steps} steps"
+        page.row(name, median, around, f"{step * 1e3:.1f} ms", taken, f"{statistics.median(r):.2f}" if r else "–")
 
+
+benchmark = Benchmark(
+    "controllers",
+    "Cost of the controllers",
+    run,
+    {
+        "repeats": Setting(5, 1, "repetitions"),
+        "steps": Setting(40, 4, "pairs of steps in each"),
+        "batch": Setting(128, 32, "sequences of 64 bytes"),
+        "warmup": Setting(300, 30, "steps before a quiet run is measured"),
+    },
+    "half an hour",
+)
 
 if __name__ == "__main__":
-    main()
+    benchmark.main()

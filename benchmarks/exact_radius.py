@@ -1,7 +1,7 @@
 """What the exact radius of a whole batch costs: the least over 32 x 128 positions of 8,192 classes, in forward passes.
 
     python benchmarks/exact_radius.py --write          # 5 repetitions at two moments of training; two minutes
-    python benchmarks/exact_radius.py --repeats 1      # a quick look
+    python benchmarks/exact_radius.py --quick
 
 A small LLaMA over pairs of bytes is trained a little; at its first step and after some, the logit tangent along
 AdamW's update is taken, and the search is timed against the model's own forward pass on the same batch.
@@ -10,21 +10,18 @@ AdamW's update is taken, and the search is timed against the model's own forward
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from frame import Benchmark, Page, Setting, median_and_spread, timed
 from torch import Tensor, nn
 
 from redline.integrations.demo.data import library_bytes
-from redline.integrations.demo.machine import describe
 from redline.integrations.demo.models import LlamaLM
 from redline.numerics import LogitTangent, ghost_radius, least_ghost_radius, logit_tangent
 
-RESULTS = Path(__file__).parent / "results"
 CLASSES, BATCH, CONTEXT = 8_192, 32, 128
 
 
@@ -62,63 +59,50 @@ def tangents(device: str, moments: list[int]) -> dict[int, tuple[nn.Module, Tens
     return found
 
 
-def seconds(action: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    action()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def compare(
     model: nn.Module, inputs: Tensor, search: Callable[[], object], repeats: int, device: str
 ) -> list[tuple[float, float]]:
     """Seconds of a forward pass and of a search, in turn."""
     with torch.no_grad():
-        return [(seconds(lambda: model(inputs), device), seconds(search, device)) for _ in range(repeats)]
+        return [(timed(lambda: model(inputs), device)[0], timed(search, device)[0]) for _ in range(repeats)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--moments", type=int, nargs="+", default=[0, 30], help="steps of training (%(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--write", action="store_true", help="write the results file")
-    options = parser.parse_args()
+def run(page: Page, options: argparse.Namespace) -> None:
     size = sum(parameter.numel() for parameter in PairLM().parameters())
-    lines = [
-        "# Cost of the exact radius",
-        "",
-        f"{describe()}.",
-        "",
+    page.text(
         f"LLaMA of {size:,} parameters, {BATCH} x {CONTEXT} positions, {CLASSES:,} classes, {options.device}; forward "
-        f"pass without gradients. {options.repeats} repetitions, a forward pass and a search in turn, nothing trimmed.",
-        f"Command: `python benchmarks/exact_radius.py --repeats {options.repeats} --write`.",
-        "",
-        "| step | search | in forward passes: median | min – max | forward pass | rho* / rho_a | searched |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    print("\n".join(lines))
+        f"pass without gradients. {options.repeats} repetitions, a forward pass and a search in turn, nothing trimmed."
+    )
+    page.table("step", "search", "in forward passes: median", "min – max", "forward pass", "rho* / rho_a", "searched")
     for step, (model, inputs, taken) in tangents(options.device, options.moments).items():
         least = least_ghost_radius(taken.logits, taken.tangent)
         bound = ghost_radius(taken.tangent).min()
-        cleared = 0.9 * least.upper.item()
-        for name, within in {"the least of all": math.inf, "none within 0.9 of it": cleared}.items():
+        for name, within in {"the least of all": math.inf, "none within 0.9 of it": 0.9 * least.upper.item()}.items():
+            if options.only not in name:
+                continue
             search = partial(least_ghost_radius, taken.logits, taken.tangent, within=within)
             times = compare(model, inputs, search, options.repeats, options.device)
-            ratios = [search_time / forward for forward, search_time in times]
             forward = statistics.median(forward for forward, _ in times)
-            searched = int((~search().radii.isnan()).sum())
-            lines.append(
-                f"| {step} | {name} | {statistics.median(ratios):.2f} | {min(ratios):.2f} – {max(ratios):.2f} | "
-                f"{forward * 1e3:.0f} ms | {least.upper.item() / bound:.2f} | {searched} of {BATCH * CONTEXT:,} |"
+            page.row(
+                f"{step}",
+                name,
+                *median_and_spread([search_time / forward for forward, search_time in times], ".2f"),
+                f"{forward * 1e3:.0f} ms",
+                f"{least.upper.item() / bound:.2f}",
+                f"{int((~search().radii.isnan()).sum())} of {BATCH * CONTEXT:,}",
             )
-            print(lines[-1], flush=True)
-    if options.write:
-        (RESULTS / f"exact_radius_{options.device}.md").write_text("\n".join(lines) + "\n")
 
+
+benchmark = Benchmark(
+    "exact_radius",
+    "Cost of the exact radius",
+    run,
+    {
+        "repeats": Setting(5, 1, "repetitions"),
+        "moments": Setting([0, 30], [0], "steps of training at which to measure"),
+    },
+    "two minutes",
+)
 
 if __name__ == "__main__":
-    main()
+    benchmark.main()
