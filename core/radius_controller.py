@@ -56,7 +56,7 @@ class RadiusController(Controller):
     def inspect(self, step: Step) -> Iterable[AfterUpdate]:
         """Measure the step, and scale it."""
         tau = step.update.norm
-        tangent = step.tangent(self.max_samples, self.remember)
+        tangent = step.tangent(self.max_samples, self.remember, decides=True)
         if tangent is None:
             if not self._has_measured:
                 raise ConfigurationError(

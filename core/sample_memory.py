@@ -77,10 +77,11 @@ class SampleMemory:
         best = torch.where(again, -1.0, r[index]).topk(min(most, len(index))).indices
         self._next = {at: leaf.index_select(batch_dim, best.to(leaf.device)) for at, leaf in first.items()}
 
-    def end_step(self) -> None:
-        """What this step kept is for the next."""
-        if self._next is not None:
-            self._kept, self._next = self._next, None
+    def end_step(self, *, keep: bool = True) -> None:
+        """What this step kept is for the next, or is let go."""
+        if self._next is not None and keep:
+            self._kept = self._next
+        self._next = None
 
     def state_dict(self) -> dict[str, Any]:
         """The inputs kept."""

@@ -43,7 +43,7 @@ from redline.step import Step
 from redline.tangent_probe import TangentProbe
 from redline.transaction import StepTransaction
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 _SETTLED = 10  # steps before the overhead is a reading: the first pays for what later ones reuse
 _SEED = 0x5EED  # of Redline's own random columns; the run's streams are never drawn from
 
@@ -358,7 +358,7 @@ class Session:
         finally:
             self._discard()
             self._capture.forget()
-            self._probe.end_step()
+            self._probe.end_step(step.decided_by)
             self._readings.count(metrics.STEPS)
             self._readings.gauge(metrics.LAST_STEP_TIMESTAMP, time.time())
             self._index += 1

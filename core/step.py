@@ -56,6 +56,7 @@ class Step:
         groups: ``(optimizer label, group label, group)`` of every parameter group.
         layers: the model's matrices.
         withheld: whether a controller set the gradients aside: there is no update then.
+        decided_by: the tangents that decisions went by: most samples, and how many remembered.
         rates: by parameter name, the learning rate and weight decay that the update as it stands goes by: what the step
             was made with, until decisions change it. Only where a controller decides on single parameters.
     """
@@ -77,6 +78,7 @@ class Step:
         self.scaled = False
         self.withheld = False
         self.rates: dict[str, Rates] = {}
+        self.decided_by: set[tuple[int | None, int]] = set()
         self._read_weights, self._transaction, self._to_host = read_weights, transaction, to_host
         self._start: StepStart | None = None
         self._take_tangent, self._measure_weights = take_tangent, measure_weights
@@ -109,6 +111,19 @@ class Step:
         return self._update
 
     @property
+    def update_norms(self) -> Tensor:
+        """L2 norm of each parameter's update as it stands, ``(parameters,)``, float32 or float64, on one device.
+
+        Only for those who declared ``Need.UPDATE``. It keeps no update, so that a step that needs no more costs no copy.
+        """
+        norms = [torch.linalg.vector_norm(part) for part in self._transaction.parts()]
+        return torch.stack([norm.to(norms[0], non_blocking=True) for norm in norms])
+
+    def read(self, numbers: Sequence[Tensor]) -> list[float]:
+        """Bring 0-d tensors to the host, in one copy: a controller waits for the device once a step at most."""
+        return self._to_host(numbers)
+
+    @property
     def before(self) -> Mapping[str, Tensor]:
         """``theta_before``, by parameter name; only for those who declared ``Need.UPDATE``."""
         return self._transaction.before
@@ -123,13 +138,17 @@ class Step:
             return update.add(self.before[parameter], alpha=decay) if decay else update
         return update + decay.to(update) * self.before[parameter].to(update.dtype)
 
-    def tangent(self, max_samples: int | None, remember: int = 0) -> StepTangent | None:
+    def tangent(self, max_samples: int | None, remember: int = 0, *, decides: bool = False) -> StepTangent | None:
         """The logit tangent along the update, or None where it cannot be taken (a note says why).
 
         Only for those who declared ``Need.TANGENT``. ``max_samples``: of the batch; None for all. ``remember``: of the
-        samples that bound lately, how many are measured besides, where that is a sub-sample.
+        samples that bound lately, how many are measured besides, where that is a sub-sample. ``decides``: whether a
+        decision goes by it: which samples are remembered is then up to those who decide, so that no monitor's schedule
+        changes a run.
         """
         asked = max_samples, remember
+        if decides:
+            self.decided_by.add(asked)
         if asked not in self._tangents:
             self._tangents[asked] = self._take_tangent(self.update.tensors, max_samples, remember)
         return self._tangents[asked]

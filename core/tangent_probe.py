@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -113,6 +113,7 @@ class TangentProbe:
         self._checked = False
         self._whole_batch = False
         self._memories: dict[tuple[int, int], SampleMemory] = {}  # by max_samples and remember
+        self._decided_by: set[tuple[int | None, int]] = set()  # of these, those that decisions go by
 
     def measure(
         self,
@@ -254,10 +255,15 @@ class TangentProbe:
         self._method = FINITE_DIFFERENCE
         return reference
 
-    def end_step(self) -> None:
-        """What bound at this step is for the next."""
-        for memory in self._memories.values():
-            memory.end_step()
+    def end_step(self, decided_by: Collection[tuple[int | None, int]] = ()) -> None:
+        """What bound at this step is for the next.
+
+        Of a sub-sample that decisions go by, only at steps where they did: whatever else was measured, and when, must
+        not change them.
+        """
+        self._decided_by |= set(decided_by)
+        for asked, memory in self._memories.items():
+            memory.end_step(keep=asked in decided_by or asked not in self._decided_by)
 
     def state_dict(self) -> dict[str, Any]:
         """The method found to work, and the samples kept."""
@@ -265,6 +271,7 @@ class TangentProbe:
             "method": self._method,
             "checked": self._checked,
             "whole_batch": self._whole_batch,
+            "decided_by": sorted(self._decided_by, key=str),
             "memories": [(*asked, memory.state_dict()) for asked, memory in self._memories.items()],
         }
 
@@ -272,6 +279,7 @@ class TangentProbe:
         """Go on with the method found before."""
         self._method = state["method"] if state["method"] in METHODS else "auto"
         self._checked, self._whole_batch = bool(state["checked"]), bool(state["whole_batch"])
+        self._decided_by = {tuple(asked) for asked in state["decided_by"]}
         self._memories = {}
         for samples, remember, kept in state["memories"]:
             self._memories[samples, remember] = SampleMemory()

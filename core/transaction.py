@@ -7,7 +7,7 @@ optimizer's own step; ``beta`` is how decoupled decay is kept, or changed, apart
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,10 @@ class StepTransaction:
     def update(self) -> dict[str, Tensor]:
         """What is left of ``p``, by name, after what was decided so far; float32 for half precision."""
         return {name: self._left_of_update(name) for name in self.parameters}
+
+    def parts(self) -> Iterator[Tensor]:
+        """The same, one tensor after the other, so that no more than one need be there at a time."""
+        return (self._left_of_update(name) for name in self.parameters)
 
     def scale(self, factor: float | Tensor, names: Iterable[str] | None = None) -> None:
         """Decide to commit ``factor`` times what is left of the update of all parameters, or of the named ones."""

@@ -22,7 +22,7 @@ class WeightSpectrum(Monitor):
 
     after_commit: ClassVar[bool] = True
 
-    def __init__(self, every: int | Schedule = 50, *, tolerance: float = 2e-5) -> None:
+    def __init__(self, every: int | Schedule = 50, *, tolerance: float = 1e-4) -> None:
         """Measure on a schedule.
 
         Args:
