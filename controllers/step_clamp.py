@@ -16,13 +16,12 @@ from redline.sample_memory import MAX_SAMPLES, REMEMBER
 from redline.step import Step
 from redline.tangent_probe import StepTangent
 
-
 _WARY = 0.5  # of max_r: from there on every step is measured
 _LOUDER = 2.0  # times the loss at the last measurement: no quiet step
 
 
 class _Measured(NamedTuple):
-    """The last step measured: ``r``, 0-d; norms of the parameters' updates, ``(parameters,)``; the loss, if observed."""
+    """The last step measured: ``r``, 0-d; the norm of each parameter's update, ``(parameters,)``; the loss, if any."""
 
     r: Tensor
     norms: Tensor
@@ -34,13 +33,18 @@ class StepClamp(RadiusController):
 
     A step with ``r <= max_r`` stays the optimizer's own, bit for bit.
 
-    It need not measure what it can rule out. A step is left unmeasured only while the forecast ``r' max_l |p_l| / |p'_l|``
-    is under ``max_r / 2``, ``r'`` being that of the last measured step, ``p_l`` the update of one parameter and ``p'_l`` its
-    update then; the observed loss is at most twice what it was then; and that was fewer than ``stale_after`` steps ago
-    (a few at first: 1, 2, 4, ... as long as all stays quiet). So no parameter may move further than the forecast allows
-    without a measurement before the commit, whenever that comes. Not seen before the next measurement is what changes
-    r at equal norms and an equal loss: updates that turn within a parameter, or inputs, to where logits are more than
-    twice as sensitive. What r is, and what is left of a step that was
+    It need not measure what it can rule out. A step is left unmeasured only while all of this holds:
+
+    - the forecast ``r' max_l |p_l| / |p'_l|`` is under ``max_r / 2``, where ``r'`` is that of the last measured step,
+      ``p_l`` the update of one parameter and ``p'_l`` its update then;
+    - the observed loss is at most twice what it was then;
+    - that was fewer than ``stale_after`` steps ago (2, 4, 8, ... at first, as long as all stays quiet).
+
+    So a parameter that moves further than the forecast allows is always measured before the commit, whenever that
+    comes. What is not seen before the next measurement is what changes r at equal norms and an equal loss: updates that
+    turn within a parameter, or inputs, to where logits are more than twice as sensitive.
+
+    What r is, and what is left of a step that was
     scaled, rejected or could not be measured: see ``RadiusController``. Source: arXiv 2603.13552, section 5.
     """
 

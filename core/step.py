@@ -114,7 +114,7 @@ class Step:
     def update_norms(self) -> Tensor:
         """L2 norm of each parameter's update as it stands, ``(parameters,)``, float32 or float64, on one device.
 
-        Only for those who declared ``Need.UPDATE``. It keeps no update, so that a step that needs no more costs no copy.
+        Only for those who declared ``Need.UPDATE``. It keeps no update: a step that needs no more costs no copy.
         """
         norms = [torch.linalg.vector_norm(part) for part in self._transaction.parts()]
         return torch.stack([norm.to(norms[0], non_blocking=True) for norm in norms])

@@ -4,7 +4,8 @@ For a matrix ``A`` of shape ``(m, n)``, ``m >= n`` (wide ones are transposed), t
 a starting block ``X`` is grown one product with ``A`` and one with ``A^T`` at a time; Rayleigh-Ritz on it gives the top
 Ritz value ``theta``, an estimate of ``sigma_1^2`` from below, with its vector ``v`` and the residual
 ``||A^T A v - theta v|| / theta``. The block starts from the top vectors of the last call (warm) and two random ones,
-because a small residual proves *a* singular value, not the largest: they notice when another has grown past it. Vectors are kept as rows: products with a few of them at once then take little longer than with one.
+because a small residual proves *a* singular value, not the largest: they notice when another has grown past it. Vectors
+are kept as rows: products with a few of them at once then take little longer than with one.
 
 Source: Musco & Musco, *Randomized Block Krylov Methods* (arXiv 1504.05477); Kato (1949) and Temple (1928) for
 the bound that stops it; the warm start and the fresh vectors are Redline's own.
@@ -74,8 +75,8 @@ def top_singular_values(
     Args:
         matrices: 2-D, any floating dtype; low precision is computed in float32.
         state: of the last call over the same matrices, to start warm; one that does not fit them is not used.
-        rank: warm vectors kept per matrix; the block has two random ones more. 4 is Redline's choice: close runners-up stay at hand
-            when they overtake, and products with 6 vectors at once cost little more than with one.
+        rank: warm vectors kept per matrix; the block has two random ones more. 4 is Redline's choice: close runners-up
+            stay at hand when they overtake, and products with 6 vectors at once cost little more than with one.
         iterations: the most block iterations, two products each; by default 24, and unwatched 16 cold and 6 warm.
         tolerance: relative error of ``sigma_1`` at which a watched matrix is done, by a bound of Kato and Temple's kind
             on what the Ritz value may still gain.
@@ -254,8 +255,8 @@ def _has_settled(theta: Tensor, residuals: Tensor, tolerance: float) -> bool:
 
     With ``Theta`` the values of the leading ``k`` Ritz vectors, ``R`` their residuals, and ``c < theta_1`` above all
     eigenvalues of what is orthogonal to them, ``lambda_1 <= lambda_max(Theta + R R^T / (theta_1 - c))``: for ``k = 1``
-    the bound of Kato and Temple. ``c`` is taken from the other Ritz values and their residuals, the fresh vectors' among
-    them, and the best ``k`` counts. sigma errs by half of what theta does.
+    the bound of Kato and Temple. ``c`` is taken from the other Ritz values and their residuals, those of the fresh
+    vectors among them, and the best ``k`` counts. sigma errs by half of what theta does.
     """
     top = theta[0]
     if top == 0 or not bool(top.isfinite()):

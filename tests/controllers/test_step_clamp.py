@@ -947,7 +947,7 @@ def test_on_an_accelerator_the_run_is_the_same_in_other_precisions(
 
 @pytest.mark.parametrize("optimizers", [sgd, adamw_fused], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("model", [plain, dropping, normalizing], ids=lambda make: make.__name__)
-def test_on_an_accelerator_all_three_wait_once_a_step(
+def test_on_an_accelerator_nobody_waits_twice_a_step(
     optimizers: Callable[[nn.Module], list[Optimizer]],
     model: Callable[[], nn.Module],
     accelerated: Callable[[], None],
@@ -956,7 +956,7 @@ def test_on_an_accelerator_all_three_wait_once_a_step(
     import redline.interventions
     import redline.readings
 
-    def waits() -> list[int]:
+    def waits(**clamp: Any) -> list[int]:
         """At each step of a run with a step too long now and then; the first is left out."""
         copies: list[int] = []
         for module in (redline.interventions, redline.readings):
@@ -964,7 +964,7 @@ def test_on_an_accelerator_all_three_wait_once_a_step(
             monkeypatch.setattr(module, "to_host", lambda tensors, bring=bring: (copies.append(1), bring(tensors))[1])
         found = []
         run = Run(optimizers, model)
-        with run.attach(*all_three()) as session:
+        with run.attach(NonFiniteGuard(), SpikeGuard(), StepClamp(0.1, **clamp)) as session:
             for seed in range(1, 9):
                 run.backward(seed)
                 for optimizer in run.optimizers:
@@ -986,7 +986,9 @@ def test_on_an_accelerator_all_three_wait_once_a_step(
     assert reads.seen == [], "the optimizer itself waits for nothing"
     assert min(waits()) > 1, "on the host it costs nothing to look"
     accelerated()
-    assert waits() == [1] * 7
+    assert waits() == [2] * 7, "once before the update, for the guards, and once after it, for the clamp"
+    accelerated()
+    assert waits(stale_after=1) == [1] * 7, "a clamp that measures every step need not ask"
 
 
 @pytest.mark.parametrize(
