@@ -43,16 +43,17 @@ def controllers(*made: Callable[[], redline.Controller]) -> Attach:
 
 
 CASES: dict[str, Attach] = {
-    "StepClamp, forward mode, 32 samples (the default)": clamp(32),
-    "StepClamp, finite difference, 32 samples": clamp(32, difference=True),
-    "StepClamp, forward mode, whole batch": clamp(None),
-    "StepClamp, finite difference, whole batch": clamp(None, difference=True),
-    "StepClamp, exact radius, 32 samples": clamp(32, radius="exact"),
+    "StepClamp (the default), from the start": clamp(32),
+    "StepClamp, every step measured: forward mode, 32 samples": clamp(32, stale_after=1),
+    "StepClamp, every step measured: finite difference, 32 samples": clamp(32, difference=True, stale_after=1),
+    "StepClamp, every step measured: forward mode, whole batch": clamp(None, stale_after=1),
+    "StepClamp, every step measured: finite difference, whole batch": clamp(None, difference=True, stale_after=1),
+    "StepClamp, every step measured: exact radius, 32 samples": clamp(32, radius="exact", stale_after=1),
     "StepClamp, exact radius, 32 samples, every step searched": clamp(32, radius="exact", max_r=0.01),
     "StepClamp, exact radius, whole batch, every step searched": clamp(None, radius="exact", max_r=0.01),
-    "StepClamp(max_r=0.2), 32 samples, near the redline": clamp(32, max_r=0.2),
-    QUIET + "StepClamp, 32 samples (the default)": clamp(32),
-    QUIET + "StepClamp(max_r=0.2), 32 samples": clamp(32, max_r=0.2),
+    "StepClamp(max_r=0.2), near the redline": clamp(32, max_r=0.2),
+    QUIET + "StepClamp (the default)": clamp(32),
+    QUIET + "StepClamp(max_r=0.2)": clamp(32, max_r=0.2),
     "NonFiniteGuard": controllers(redline.NonFiniteGuard),
     "SpikeGuard": controllers(redline.SpikeGuard),
     "these three, at their defaults": controllers(redline.NonFiniteGuard, redline.SpikeGuard, redline.StepClamp),
@@ -87,8 +88,8 @@ class Tangents:
 def run(page: Page, options: argparse.Namespace) -> None:
     workload = byte_level(options.batch)
     page.text(
-        f"ByteLM ({workload.parameters:,} parameters), batch {options.batch} x 64 bytes, AdamW, {options.device}, on "
-        f"every step; {options.repeats} repetitions of {options.steps} interleaved pairs of steps, nothing trimmed. "
+        f"ByteLM ({workload.parameters:,} parameters), batch {options.batch} x 64 bytes, AdamW, {options.device}; "
+        f"{options.repeats} repetitions of {options.steps} interleaved pairs of steps, nothing trimmed. "
         f"Controllers are attached after 3 steps; in a quiet run after {options.warmup}, when steps have become short.",
         "Tangents and r are those of the controlled run: how many of its steps took one, and the median of what they "
         "told. Published, on the whole batch of another model: +129 % by a Jacobian-vector product, +66 % by a finite "

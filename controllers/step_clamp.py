@@ -44,8 +44,8 @@ class StepClamp(RadiusController):
     comes. What is not seen before the next measurement is what changes r at equal norms and an equal loss: updates that
     turn within a parameter, or inputs, to where logits are more than twice as sensitive.
 
-    What r is, and what is left of a step that was
-    scaled, rejected or could not be measured: see ``RadiusController``. Source: arXiv 2603.13552, section 5.
+    What r is, and what is left of a step that was scaled, rejected or could not be measured: see ``RadiusController``.
+    Source: arXiv 2603.13552, section 5.
     """
 
     def __init__(
