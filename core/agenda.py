@@ -29,12 +29,13 @@ class Agenda:
         """``notes``: where a schedule that fails is told of."""
         self._notes = notes
         self._pending: set[str] = set()
+        self._overdue: set[str] = set()  # of those due at the step asked of last, as long as it has not ended
         self.put_off: list[str] = []
 
     def due(self, plugins: Sequence[tuple[str, T]], step: int, *, put_off: bool) -> list[tuple[str, T]]:
         """Those due at ``step``, by schedule or from before; none if they are to be put off."""
         asked = [name for name, plugin in plugins if self._is_due(name, plugin, step)]
-        self.put_off = asked if put_off else []
+        self.put_off, self._overdue = asked if put_off else [], set(self._pending)
         if put_off:
             self._pending.update(asked)
             return []
@@ -49,8 +50,8 @@ class Agenda:
             return False
 
     def state_dict(self) -> list[str]:
-        """Names of what is still put off."""
-        return sorted(self._pending)
+        """Names of what is still put off, or is to be made up for at the step to come."""
+        return sorted(self._pending | self._overdue)
 
     def load_state_dict(self, state: Iterable[str]) -> None:
         """Take up what was put off."""

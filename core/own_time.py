@@ -31,9 +31,10 @@ class OwnTime:
     def __init__(self, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
         """``device``: on which the model is; ``clock``: of the host, in seconds."""
         self._clock = clock
-        on_device = device is not None and device.type == "cuda"
-        self._mark: Callable[[], Any] = partial(_recorded_event, device) if on_device else clock
-        self._elapsed: Callable[[Any, Any], float | None] = _between_events if on_device else _between_times
+        self._mark: Callable[[], Any] = clock
+        self._elapsed: Callable[[Any, Any], float | None] = _between_times
+        if device is not None and device.type == "cuda":
+            self._mark, self._elapsed = partial(_recorded_event, device), _between_events
         self._spent = dict.fromkeys(Account, 0.0)
         self._unknown: deque[tuple[Account, Any, Any]] = deque()  # oldest first
         self._open: list[Account] = []

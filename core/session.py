@@ -333,8 +333,6 @@ class Session:
 
     def _begin(self) -> Step:
         self._readings.step = self._index
-        for name in self._monitors_due.put_off:
-            self._readings.count(metrics.PUT_OFF, 1, name)
         groups = [
             (label, str(group.get("name", k)), group)
             for label, optimizer in zip(self._labels, self._optimizers, strict=True)
@@ -389,6 +387,8 @@ class Session:
         self._capture.forget()
         self._probe.end_step()
         self._readings.count(metrics.STEPS)
+        for name in self._monitors_due.put_off:
+            self._readings.count(metrics.PUT_OFF, 1, name)
         self._readings.gauge(metrics.LAST_STEP_TIMESTAMP, time.time())
         self._index = step.index + 1
         self._unfetched = True
