@@ -107,10 +107,8 @@ def test_snapshots_come_without_a_wait_and_are_those_of_a_run_that_waits(control
                         if waits:
                             _ = session.latest
                         else:
-                            # So that no copy is overtaken by the next, which would have to wait for it.
-                            torch.cuda._sleep(1_000_000)
                             while not torch.cuda.current_stream().query():
-                                pass
+                                pass  # no copy is overtaken by the next, which would have to wait for it
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
         return sink.snapshots, list(session.interventions)
@@ -149,6 +147,7 @@ def test_an_overhead_budget_puts_measurements_off_and_changes_nothing():
         with redline.attach(model, optimizer, monitors=monitors, overhead_budget=budget) as session:
             for tokens in batches(60, "cuda"):
                 train(model, [tokens], optimizer)
+                torch.cuda.synchronize()  # what a step took is known by the next
         return dict(model.state_dict()), session.latest.value("redline_put_off_total", monitor="GhostRadius")
 
     (free, never), (held, often) = run(None), run(0.02)
