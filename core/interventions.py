@@ -92,7 +92,6 @@ class InterventionLog:
         """Bring 0-d tensors to the host, and in the same copy what is still untold of earlier decisions."""
         untold = self.take()
         if not tensors and not untold:
-            self._taken = False
             return []
         numbers = to_host([*tensors, *tensors_of(untold)])
         found = [next(numbers)[0] for _ in tensors]
@@ -101,7 +100,8 @@ class InterventionLog:
 
     def take(self) -> list[Untold]:
         """What is untold, to be brought to the host: ``tensors_of`` it."""
-        untold, self._untold, self._taken = self._untold, [], True
+        untold, self._untold = self._untold, []
+        self._taken = bool(untold)
         return untold
 
     def receive(self, untold: Sequence[Untold], numbers: Iterator[list[float]], count: Callable[..., None]) -> None:

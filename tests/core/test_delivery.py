@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import redline
 from redline import Readings, RedlineWarning, RunStoppedError, Scale, Snapshot, Step, metrics
 from redline.host_copy import HostCopy
+from redline.interventions import InterventionLog
 
 
 class Keeping(redline.Sink):
@@ -253,6 +254,19 @@ def test_too_many_decisions_start_a_copy_and_wait_for_nothing(late: Any, monkeyp
         assert (copies.started, copies.waited) == (4, 0)
         assert told(session) == [(step, f"of step {step}.") for step in range(18)]
         assert session.latest.value("redline_interventions_total", controller="Halving", action="scale") == 18
+
+
+@pytest.mark.usefixtures("accelerated")
+def test_a_decision_known_at_once_is_told_behind_those_under_way() -> None:
+    readings = Readings()
+    log = InterventionLog(readings)
+    log.add(0, "Halving", Scale(torch.tensor(0.5), "on the device."))
+    untold = log.take()
+    log.add(1, "Halving", Scale(0.5, "on the host."))
+    assert not log.latest
+    log.receive(untold, iter([[1.0]]), readings.count)
+    log.read()
+    assert [one.step for one in log.latest] == [0, 1]
 
 
 # What goes wrong ------------------------------------------------------------------------------------------

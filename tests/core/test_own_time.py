@@ -139,3 +139,15 @@ def test_a_devices_time_is_counted_once_it_is_known_and_not_waited_for(
     device.reached = device.given
     assert own.totals() == (1, 6, 3)
     assert own.totals() == (1, 6, 3)
+
+
+def test_sections_within_one_of_the_same_account_put_no_event_on_the_stream(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(monkeypatch)
+    own = OwnTime(torch.device("cuda", 0), clock)
+    with own.spent(), own.spent(), own.spent(OBSERVING):
+        device.now += 1
+    assert device.given == 2
+    device.reached = 2
+    assert own.totals()[1] == 1
