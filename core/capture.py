@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,9 +47,16 @@ class ForwardCapture:
         armed: whether to keep the inputs of the next call.
     """
 
-    def __init__(self, model: nn.Module, module: str | None, before_forward: Callable[[], None]) -> None:
-        """``before_forward`` is called ahead of each watched call."""
+    def __init__(
+        self,
+        model: nn.Module,
+        module: str | None,
+        before_forward: Callable[[], None],
+        at_work: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """``before_forward`` is called ahead of each watched call; ``at_work`` is open while inputs are copied."""
         self.armed = False
+        self._at_work = at_work
         self._before_forward = before_forward
         self._calls: dict[str, CapturedCall] = {}
         self._handles: list[RemovableHandle] = []
@@ -110,7 +118,8 @@ class ForwardCapture:
             self._of_children = []
         self._before_forward()
         if self.armed:
-            args, kwargs = tree_map(_copied, (args, dict(kwargs)))
+            with self._at_work():
+                args, kwargs = tree_map(_copied, (args, dict(kwargs)))
             self._calls[name] = CapturedCall(module, args, kwargs, _autocast_dtype(module), name)
 
 

@@ -27,12 +27,13 @@ from redline.controller import (
     Withhold,
 )
 from redline.errors import ConfigurationError, ControllerError, RunStoppedError
+from redline.host_copy import is_on_host
 from redline.interventions import Intervention, InterventionLog
 from redline.monitor import Need
 from redline.notes import Notes
 from redline.optimizers import OptimizerState, watch_only_reason
 from redline.parameters import MatrixLayer, by_parameter
-from redline.readings import Readings, is_on_host
+from redline.readings import Readings
 from redline.run_snapshot import RunningStatistics, RunSnapshot
 from redline.step import Step
 from redline.transaction import StepTransaction, times

@@ -7,15 +7,16 @@ next copy that is made anyway.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from redline import metrics
 from redline.controller import AfterUpdate, Decay, Decision, Reject, ScaleMatrices
-from redline.readings import Readings, is_on_host, to_host
+from redline.host_copy import is_on_host, to_host
+from redline.readings import Readings
 
 _MOST_KEPT = 10_000
 _MOST_UNTOLD = 64
@@ -52,8 +53,19 @@ class Tally:
     last_reason: str
 
 
+class Untold(NamedTuple):
+    """A decision whose numbers the host does not know yet."""
+
+    step: int
+    controller: str
+    decision: AfterUpdate
+
+
 class InterventionLog:
     """Bounded memory of the controllers' decisions.
+
+    What is untold is told in order: by ``read``, which waits, or by ``receive`` once the numbers of what ``take`` gave
+    have arrived. Between the two nothing else is read.
 
     Attributes:
         latest: the last 10,000, oldest first.
@@ -66,37 +78,50 @@ class InterventionLog:
         self.rejection: Intervention | None = None
         self._readings = readings
         self._tallies: dict[tuple[str, str], Tally] = {}
-        self._untold: list[tuple[int, str, AfterUpdate]] = []
+        self._untold: list[Untold] = []
+        self._taken = False
 
     def add(self, step: int, controller: str, decision: AfterUpdate) -> None:
         """Remember a decision that changed something, now or when its numbers are on the host."""
-        if self._untold or not all(map(is_on_host, _tensors(decision))):  # oldest first
-            self._untold.append((step, controller, decision))
+        if self._taken or self._untold or not all(map(is_on_host, _tensors(decision))):  # oldest first
+            self._untold.append(Untold(step, controller, decision))
         elif decision.acts:
             self.tell(step, controller, decision)
 
     def read(self, tensors: Sequence[Tensor] = ()) -> list[float]:
         """Bring 0-d tensors to the host, and in the same copy what is still untold of earlier decisions."""
-        untold, self._untold = self._untold, []
+        untold = self.take()
         if not tensors and not untold:
             return []
-        numbers = to_host([*tensors, *(tensor for _, _, decision in untold for tensor in _tensors(decision))])
+        numbers = to_host([*tensors, *tensors_of(untold)])
         found = [next(numbers)[0] for _ in tensors]
-        known: list[tuple[int, str, AfterUpdate]] = []
-        for step, controller, decision in untold:
+        self.receive(untold, numbers, self._readings.count)
+        return found
+
+    def take(self) -> list[Untold]:
+        """What is untold, to be brought to the host: ``tensors_of`` it."""
+        untold, self._untold = self._untold, []
+        self._taken = bool(untold)
+        return untold
+
+    def receive(self, untold: Sequence[Untold], numbers: Iterator[list[float]], count: Callable[..., None]) -> None:
+        """Tell what was taken; ``count``, as of ``Readings``, is where it counts."""
+        self._taken = False
+        known: list[Untold] = []
+        for one in untold:
             acts, *saw = (
                 next(numbers)[0] if isinstance(value, Tensor) else value
-                for value in (decision.acts, *decision.saw.values())
+                for value in (one.decision.acts, *one.decision.saw.values())
             )
             if acts:
-                known.append((step, controller, replace(decision, saw=dict(zip(decision.saw, saw, strict=True)))))
-        rejected = {step: one for step, *one in reversed(known) if isinstance(one[-1], Reject)}
-        for step, controller, decision in known:
-            if step not in rejected:
-                self.tell(step, controller, decision)
-            elif rejected[step][-1] is decision:  # nothing else was done on it
-                self.rejection = self.tell(step, controller, decision)
-        return found
+                seen = dict(zip(one.decision.saw, saw, strict=True))
+                known.append(one._replace(decision=replace(one.decision, saw=seen)))
+        rejected = {one.step: one for one in reversed(known) if isinstance(one.decision, Reject)}
+        for one in known:
+            if one.step not in rejected:
+                self._tell(*one, count)
+            elif rejected[one.step] is one:  # nothing else was done on it
+                self.rejection = self._tell(*one, count)
 
     @property
     def overflowing(self) -> bool:
@@ -119,18 +144,26 @@ class InterventionLog:
         """Go on from a saved log."""
         self.latest = deque((Intervention(**one) for one in state["latest"]), maxlen=_MOST_KEPT)
         self._tallies = {(one["controller"], one["action"]): Tally(**one) for one in state["tallies"]}
-        self._untold, self.rejection = [], None
+        self._untold, self._taken, self.rejection = [], False, None
 
     def tell(self, step: int, controller: str, decision: Decision) -> Intervention:
         """Remember a decision now, whatever the wait."""
+        return self._tell(step, controller, decision, self._readings.count)
+
+    def _tell(self, step: int, controller: str, decision: Decision, count: Callable[..., None]) -> Intervention:
         saw = {key: float(value) for key, value in decision.saw.items()}
         one = Intervention(step, controller, decision.action, _in_words(decision, saw), saw)
         self.latest.append(one)
         kind = controller, one.action
         so_far = self._tallies.get(kind, Tally(*kind, 0, step, step, one.reason))
         self._tallies[kind] = replace(so_far, count=so_far.count + 1, last_step=step, last_reason=one.reason)
-        self._readings.count(metrics.INTERVENTIONS, 1, *kind)
+        count(metrics.INTERVENTIONS, 1, *kind)
         return one
+
+
+def tensors_of(untold: Sequence[Untold]) -> list[Tensor]:
+    """What has to come to the host of decisions before they can be told."""
+    return [tensor for one in untold for tensor in _tensors(one.decision)]
 
 
 def _tensors(decision: AfterUpdate) -> list[Tensor]:

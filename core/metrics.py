@@ -114,6 +114,9 @@ GRADIENT_NORM = _define("gradient_norm", "gauge", "1", "L2 norm of the gradients
 LEARNING_RATE = _define("learning_rate", "gauge", "1", "Learning rate of the parameter group.", "optimizer", "group")
 WEIGHT_DECAY = _define("weight_decay", "gauge", "1", "Weight decay of the parameter group.", "optimizer", "group")
 OVERHEAD_RATIO = _define("overhead_ratio", "gauge", "1", "Time spent in Redline / time of training.")
+MONITORING_RATIO = _define(
+    "monitoring_ratio", "gauge", "1", "Time spent in Redline, but for its controllers / time of training."
+)
 LAST_STEP_TIMESTAMP = _define(
     "last_step_timestamp_seconds", "gauge", "seconds", "Unix time at which the last optimizer step ended."
 )
@@ -126,6 +129,10 @@ NONFINITE = _define(
     label_values=("loss", "gradient", "update", "weight"),
 )  # fmt: skip
 MEASUREMENTS = _define("measurements_total", "counter", "1", "Measurements made.", "monitor")
+PUT_OFF = _define(
+    "put_off_total", "counter", "1", "Times a measurement fell due and was put off, to keep to the overhead budget.",
+    "monitor",
+)  # fmt: skip
 TANGENT_FALLBACKS = _define(
     "tangent_fallbacks_total", "counter", "1", "Logit tangents taken by a method below forward mode.", "method",
     label_values=METHODS[1:],

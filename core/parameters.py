@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from redline.errors import ConfigurationError
+from redline.host_copy import is_on_host
 from redline.notes import Notes
 from redline.optimizers import optimizer_labels
-from redline.readings import is_on_host
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 
+from redline.host_copy import to_host
 from redline.metrics import METRICS, Metric
 
 Value: TypeAlias = "float | Tensor"
@@ -102,18 +102,81 @@ class _Entry:
     valid: Tensor | None  # like value, bool; what is not valid was not measured
 
 
+class Batch:
+    """Readings that come to the host together.
+
+    Attributes:
+        step: the last optimizer step they know of.
+        time: Unix time at which nothing more was added.
+    """
+
+    def __init__(self) -> None:
+        self.step, self.time = -1, 0.0
+        self._latest: dict[tuple[str, tuple[Series, ...]], _Entry] = {}
+        self._tracked: list[_Entry] = []
+        self._device_counts: dict[Series, Tensor] = {}
+        self.counts: dict[Series, float] = {}
+
+    def add(self, metric: Metric, entry: _Entry) -> None:
+        """Take in a gauge; of one that is not tracked only the latest value counts."""
+        if metric.tracked:
+            self._tracked.append(entry)
+        else:
+            self._latest[metric.name, tuple(entry.series)] = entry
+
+    def count(self, metric: Metric, amount: Value = 1, *labels: str) -> None:
+        """Add to a counter: a number or a 0-d tensor on any device."""
+        series = Series(metric.name, labels)
+        if isinstance(amount, Tensor):
+            so_far = self._device_counts.get(series)
+            amount = amount.detach().double() if amount.device.type != "mps" else amount.detach().float()
+            self._device_counts[series] = amount if so_far is None else so_far + amount
+        else:
+            self.counts[series] = self.counts.get(series, 0.0) + amount
+
+    @property
+    def tracked(self) -> int:
+        """How many measurements wait of metrics of which all are kept."""
+        return len(self._tracked)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What has to come to the host."""
+        values = [entry.value for entry in self._entries if isinstance(entry.value, Tensor)]
+        valids = [entry.valid for entry in self._entries if entry.valid is not None]
+        return [*values, *valids, *self._device_counts.values()]
+
+    def read(self, numbers: Iterator[list[float]]) -> Iterator[tuple[Series, int, float | None]]:
+        """Series, step and value (None: not measured) of every gauge, oldest first, and the counts completed.
+
+        ``numbers``: the tensors, in order.
+        """
+        entries = self._entries
+        values = [next(numbers) if isinstance(e.value, Tensor) else [e.value] * len(e.series) for e in entries]
+        valids = [next(numbers) if e.valid is not None else [1.0] * len(e.series) for e in entries]
+        for series in self._device_counts:
+            self.counts[series] = self.counts.get(series, 0.0) + next(numbers)[0]
+        for entry, row, valid in zip(entries, values, valids, strict=True):
+            for series, value, measured in zip(entry.series, row, valid, strict=True):
+                yield series, entry.step, value if measured else None
+
+    @property
+    def _entries(self) -> list[_Entry]:
+        return sorted([*self._tracked, *self._latest.values()], key=lambda entry: entry.step)
+
+
 class Readings:
     """Collects readings of the step in progress, on whichever device they are.
 
-    Nothing here waits for the device but ``fetch``.
+    Nothing here waits for the device but ``fetch``. Who does not want to wait takes the batch, brings its tensors to
+    the host in time, and gives their numbers to ``receive``; batches are received in the order in which they were
+    taken.
     """
 
     def __init__(self, observe: Callable[[Series, int, float], None] = lambda series, step, value: None) -> None:
         """``observe`` is told of every value that reaches the host, in the order measured."""
         self._observe = observe
-        self._latest: dict[tuple[str, tuple[Series, ...]], _Entry] = {}
-        self._tracked: list[_Entry] = []
-        self._device_counts: dict[Series, Tensor] = {}
+        self._batch = Batch()
         self._counts: dict[Series, float] = {}
         self._values: dict[Series, float] = {}
         self._measured_at: dict[Series, int] = {}
@@ -129,7 +192,7 @@ class Readings:
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"got a tensor of shape {tuple(value.shape)} for {metric.name}; expected one number")
         value = value.detach().clone() if isinstance(value, Tensor) else float(value)
-        self._add(metric, (Series(metric.name, labels),), value, None)
+        self._batch.add(metric, _Entry(self.step, (Series(metric.name, labels),), value, None))
 
     def layers(self, metric: Metric, names: Sequence[str], values: Tensor, valid: Tensor | None = None) -> None:
         """Set a per-layer gauge.
@@ -142,82 +205,63 @@ class Readings:
         """
         if values.numel() != len(names) or (valid is not None and valid.numel() != len(names)):
             raise ValueError(f"got {values.numel()} values of {metric.name} for {len(names)} layers; expected as many")
-        self._add(metric, tuple(Series(metric.name, (name,)) for name in names), values.detach(), valid)
+        series = tuple(Series(metric.name, (name,)) for name in names)
+        self._batch.add(metric, _Entry(self.step, series, values.detach(), valid))
 
     def count(self, metric: Metric, amount: Value = 1, *labels: str) -> None:
         """Add to a counter: a number or a 0-d tensor on any device."""
-        series = Series(metric.name, labels)
-        if isinstance(amount, Tensor):
-            so_far = self._device_counts.get(series)
-            amount = amount.detach().double() if amount.device.type != "mps" else amount.detach().float()
-            self._device_counts[series] = amount if so_far is None else so_far + amount
-        else:
-            self._counts[series] = self._counts.get(series, 0.0) + amount
+        self._batch.count(metric, amount, *labels)
 
     def absent(self, metric: Metric, *labels: str) -> None:
         """Say that a gauge could not be measured at this step: its last value would mislead."""
-        self._add(metric, (Series(metric.name, labels),), None, None)
+        self._batch.add(metric, _Entry(self.step, (Series(metric.name, labels),), None, None))
 
-    def fetch(self, run: RunInfo) -> Snapshot:
-        """Bring everything to the host in one copy a device, and take a snapshot."""
-        entries = sorted([*self._tracked, *self._latest.values()], key=lambda entry: entry.step)
-        tensors = [entry.value for entry in entries if isinstance(entry.value, Tensor)]
-        tensors += [entry.valid for entry in entries if entry.valid is not None]
-        numbers = to_host([*tensors, *self._device_counts.values()])
+    def take(self) -> Batch:
+        """All that was read since the last time, to be brought to the host."""
+        batch, self._batch = self._batch, Batch()
+        batch.step, batch.time = self.step, time.time()
+        return batch
 
-        values = [next(numbers) if isinstance(e.value, Tensor) else [e.value] * len(e.series) for e in entries]
-        valids = [next(numbers) if e.valid is not None else [1.0] * len(e.series) for e in entries]
-        for entry, row, valid in zip(entries, values, valids, strict=True):
-            for series, value, measured in zip(entry.series, row, valid, strict=True):
-                if measured and value is not None:
-                    self._values[series], self._measured_at[series] = value, entry.step
-                    self._observe(series, entry.step, value)
-                else:
-                    self._values.pop(series, None)
-                    self._measured_at.pop(series, None)
-        for series in self._device_counts:
-            self._counts[series] = self._counts.get(series, 0.0) + next(numbers)[0]
-        self._latest, self._tracked, self._device_counts = {}, [], {}
+    def receive(self, batch: Batch, numbers: Iterator[list[float]], run: RunInfo) -> Snapshot:
+        """A snapshot as of when the batch was taken; ``numbers``: its tensors, in order."""
+        for series, step, value in batch.read(numbers):
+            if value is not None:
+                self._values[series], self._measured_at[series] = value, step
+                self._observe(series, step, value)
+            else:
+                self._values.pop(series, None)
+                self._measured_at.pop(series, None)
+        self._counts = _sums(self._counts, batch.counts)
         return Snapshot(
-            self.step,
-            time.time(),
+            batch.step,
+            batch.time,
             run,
             MappingProxyType({**self._values, **self._counts}),
             MappingProxyType(dict(self._measured_at)),
         )
 
+    def fetch(self, run: RunInfo) -> Snapshot:
+        """Bring everything to the host in one copy a device, wait for it, and take a snapshot."""
+        batch = self.take()
+        return self.receive(batch, to_host(batch.tensors), run)
+
     @property
     def overflowing(self) -> bool:
         """Whether so much waits on the device that it should be fetched now."""
-        return len(self._tracked) >= _MOST_PENDING
+        return self._batch.tracked >= _MOST_PENDING
 
     def state_dict(self) -> dict[str, Any]:
         """The counters: gauges are measured anew. Call after ``fetch``."""
-        return {"counts": [(*series, value) for series, value in self._counts.items()], "step": self.step}
+        counts = _sums(self._counts, self._batch.counts)
+        return {"counts": [(*series, value) for series, value in counts.items()], "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up counters where they were left."""
+        """Take up counters where they were left. Call after ``fetch``."""
+        self._counts = _sums(self._counts, self._batch.counts)
         self._counts.update({Series(name, tuple(labels)): value for name, labels, value in state["counts"]})
+        self._batch.counts.clear()
         self.step = state["step"]
 
-    def _add(self, metric: Metric, series: tuple[Series, ...], value: Value | None, valid: Tensor | None) -> None:
-        entry = _Entry(self.step, series, value, valid)
-        if metric.tracked:
-            self._tracked.append(entry)
-        else:
-            self._latest[metric.name, series] = entry
 
-
-def to_host(tensors: Sequence[Tensor]) -> Iterator[list[float]]:
-    """All tensors as lists of floats, in order, with one device-to-host copy a device."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
-        by_device.setdefault(tensor.device, []).append(tensor.reshape(-1).to(dtype))
-    hosts = {device: iter(torch.cat(parts).tolist()) for device, parts in by_device.items()}
-    return iter([[next(hosts[tensor.device]) for _ in range(tensor.numel())] for tensor in tensors])
-
-
-def is_on_host(tensor: Tensor) -> bool:
-    """Whether reading it makes nobody wait."""
-    return tensor.device.type == "cpu"
+def _sums(one: Mapping[Series, float], other: Mapping[Series, float]) -> dict[Series, float]:
+    return {**one, **{series: one.get(series, 0.0) + value for series, value in other.items()}}

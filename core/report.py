@@ -113,6 +113,9 @@ class StabilityReport:
         steps: optimizer steps.
         seconds: from the first step to the last.
         overhead_ratio: time in Redline / time of training; None before the first measurement.
+        monitoring_ratio: the part of it that is not the controllers'; None as above.
+        overhead_budget: what monitoring may take of training time; None without a limit.
+        put_off: monitor to how often it fell due and was put off, to keep to the budget.
         first_loss, last_loss: as observed, or None.
         step_sizes: the distribution of r, or None if it was never measured.
         binding: of each radius, how often it bound; empty if only that of the output was measured, or none.
@@ -128,6 +131,9 @@ class StabilityReport:
     steps: int
     seconds: float
     overhead_ratio: float | None
+    monitoring_ratio: float | None
+    overhead_budget: float | None
+    put_off: dict[str, int]
     first_loss: float | None
     last_loss: float | None
     step_sizes: StepSizes | None
@@ -148,6 +154,7 @@ class StabilityReport:
         snapshots: Sequence[KeptSnapshot],
         notes: tuple[str, ...],
         seconds: float,
+        overhead_budget: float | None = None,
     ) -> StabilityReport:
         """Sum up a run."""
         loss = history.course(metrics.LOSS.name)
@@ -155,12 +162,18 @@ class StabilityReport:
         nonfinite = {labels[0]: int(count) for labels, count in snapshot.series(metrics.NONFINITE.name).items()}
         layers = _layers(snapshot, history)
         steps = int(snapshot.value(metrics.STEPS.name))
-        overhead = snapshot.series(metrics.OVERHEAD_RATIO.name).get(())
+        overhead, monitoring = (
+            snapshot.series(ratio.name).get(()) if steps else None
+            for ratio in (metrics.OVERHEAD_RATIO, metrics.MONITORING_RATIO)
+        )
         return cls(
             run=snapshot.run,
             steps=steps,
             seconds=seconds,
-            overhead_ratio=overhead if steps else None,
+            overhead_ratio=overhead,
+            monitoring_ratio=monitoring,
+            overhead_budget=overhead_budget,
+            put_off={labels[0]: int(count) for labels, count in snapshot.series(metrics.PUT_OFF.name).items()},
             first_loss=loss.first if loss else None,
             last_loss=loss.last if loss else None,
             step_sizes=sizes,

@@ -71,8 +71,17 @@ def _facts(report: StabilityReport) -> Table:
             f"{kept.memory} memory; {carried}",
         )
     if report.overhead_ratio is not None:
-        table.add_row("overhead", f"{report.overhead_ratio:.1%} of training time was spent in Redline")
+        table.add_row("overhead", f"{report.overhead_ratio:.1%} of training time was spent in Redline{_shares(report)}")
+    if put_off := {name: times for name, times in report.put_off.items() if times}:
+        table.add_row("put off", ", ".join(f"{name} ×{times}" for name, times in put_off.items()))
     return table
+
+
+def _shares(report: StabilityReport) -> str:
+    if report.monitoring_ratio is None:
+        return ""
+    budget = "" if report.overhead_budget is None else f", of {100 * report.overhead_budget:.3g}% allowed"
+    return f"; {report.monitoring_ratio:.1%} on monitoring{budget}"
 
 
 def _distribution(sizes: StepSizes) -> RenderableType:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -14,9 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from redline import metrics
+from redline.agenda import Agenda
 from redline.capture import ForwardCapture, unwrapped
 from redline.control import Control
 from redline.controller import Controller
+from redline.delivery import Delivery
 from redline.errors import ConfigurationError
 from redline.history import RunHistory
 from redline.hooks import OptimizerHooks
@@ -33,7 +34,8 @@ from redline.optimizers import (
     optimizer_labels,
     refuse_in_backward,
 )
-from redline.own_time import OwnTime
+from redline.overhead_budget import OverheadBudget, checked_share
+from redline.own_time import Account, OwnTime
 from redline.parameters import ParameterNames, matrix_layers
 from redline.readings import Readings, RunInfo, Snapshot
 from redline.report import KeptSnapshot, StabilityReport
@@ -65,7 +67,11 @@ class Session:
                 _measure                       monitors read the step as proposed
                 _control.decide                controllers scale, or reject; the transaction commits
                 _measure                       monitors read what was committed
-                _publish                       when a sink is due, one copy to the host and a snapshot to it
+                _publish                       when a sink is due, one copy to the host is started; as soon as it has
+                                               arrived, here or at one of the moments above, the sink is handed a
+                                               snapshot
+                _arm                           what is due at the next step is decided; it is put off if monitoring has
+                                               overdrawn its budget
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class Session:
         batch_dim: int,
         module: str | None,
         run: RunInfo,
+        overhead_budget: float | None = None,
         around_replay: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Attach; see ``redline.attach`` for the arguments.
@@ -88,13 +95,13 @@ class Session:
         ``around_replay`` is opened around each further call of the model, for a trainer whose models do more in
         ``forward`` than compute.
         """
-        self._run = run
+        budget = checked_share(overhead_budget)
         self._notes = Notes()
         self._model = unwrapped(model)
         self._optimizers = list(optimizers)
         self._monitors = _named(monitors, "monitor", "measure")
         self._controllers = _named(controllers, "controller", "inspect")
-        self._sinks = _named(sinks, "sink", "emit")
+        named_sinks = _named(sinks, "sink", "emit")
         refuse_in_backward(self._model)
         self._names = ParameterNames(self._model, self._optimizers, self._notes)
         self._layers = matrix_layers(self._model, self._notes)
@@ -114,15 +121,19 @@ class Session:
             self._readings,
         )
         self._control.begin(self._layers, self._names.held_by, self._notes)
-        self._time = OwnTime()
+        self._time = OwnTime(next((parameter.device for parameter in self._model.parameters()), None))
+        self._budget = OverheadBudget(budget)
+        self._monitors_due, self._sinks_due = Agenda(self._notes), Agenda(self._notes)
         self._closed = False
         for name, _ in self._monitors:
             self._readings.count(metrics.MEASUREMENTS, 0, name)
+            self._readings.count(metrics.PUT_OFF, 0, name)
 
         self._index, self._unfetched = 0, False
         self._step: Step | None = None
         self._due: list[tuple[str, Monitor]] = []
-        self._needs = Need.NOTHING
+        self._due_sinks: list[tuple[str, Sink]] = []
+        self._needs = self._controllers_need = Need.NOTHING
         self._forward_seen = False  # since the last step
         self._updating: Optimizer | None = None
         self._stepped: list[Optimizer] = []
@@ -130,13 +141,12 @@ class Session:
         self._loss: Tensor | None = None
         self._margins: StepMargins | None = None
 
-        self._capture = ForwardCapture(model, module, self.before_forward)
+        self._capture = ForwardCapture(model, module, self.before_forward, lambda: self._at_work_for(Need.TANGENT))
         self._probe = TangentProbe(self._capture, logits, batch_dim, self._notes, around_replay)
         self._hooks = [OptimizerHooks(optimizer, self) for optimizer in self._optimizers]
+        self._delivery = Delivery(self._readings, self._control.log, named_sinks, run, self._notes)
         self._arm()
-        self._snapshot = self._readings.fetch(run)
-        for name, sink in list(self._sinks):
-            self._tell(name, sink, partial(sink.open, self._snapshot))
+        self._delivery.open()
 
     # What users call ------------------------------------------------------------------------------------------------
 
@@ -162,16 +172,18 @@ class Session:
 
     @property
     def latest(self) -> Snapshot:
-        """Everything measured so far, fetched from the device now if it has not been."""
-        if self._unfetched:
+        """Everything measured so far, fetched from the device now if it has not been, which waits."""
+        if self._unfetched or self._delivery.under_way:
             with self._at_work():
-                self._fetch()
-        return self._snapshot
+                if self._unfetched:
+                    self._fetch()
+                self._delivery.finish()
+        return self._delivery.snapshot
 
     @property
     def interventions(self) -> tuple[Intervention, ...]:
         """What the controllers did, oldest first; of very many, the last 10,000."""
-        self._control.log.read()
+        self._read()
         return tuple(self._control.log.latest)
 
     @property
@@ -197,6 +209,7 @@ class Session:
             [KeptSnapshot.of(name, snapshot) for name, snapshot in self._control.snapshots.items()],
             self.notes,
             self._time.seconds,
+            self._budget.share,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,6 +224,7 @@ class Session:
             "weight_spectra": self._weight_spectra.state_dict(),
             "probe": self._probe.state_dict(),
             "monitors": {name: monitor.state_dict() for name, monitor in self._monitors},
+            "put_off": [self._monitors_due.state_dict(), self._sinks_due.state_dict()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -224,6 +238,8 @@ class Session:
                 f"got a session state of version {state.get('version')!r}; expected {_STATE_VERSION}. Was it written "
                 "by another version of Redline?"
             )
+        self._fetch()
+        self._delivery.finish()  # what was on its way is none of the other run's
         self._index = state["index"]
         self._readings.load_state_dict(state["readings"])
         self._history.load_state_dict(state["history"])
@@ -233,7 +249,9 @@ class Session:
         for name, monitor in self._monitors:
             if name in state["monitors"]:
                 monitor.load_state_dict(state["monitors"][name])
-        self._snapshot = self._readings.fetch(self._run)
+        for agenda, put_off in zip((self._monitors_due, self._sinks_due), state.get("put_off", ()), strict=False):
+            agenda.load_state_dict(put_off)
+        self._delivery.refresh()
         self._arm()
 
     def close(self) -> None:
@@ -250,9 +268,7 @@ class Session:
             for hooks in self._hooks:
                 hooks.remove()
             self._capture.remove()
-            report = self.report()
-            for name, sink in list(self._sinks):
-                self._tell(name, sink, partial(sink.close, report))
+            self._delivery.close(self.report())
 
     def __enter__(self) -> Session:
         return self
@@ -267,17 +283,19 @@ class Session:
     def before_forward(self) -> None:
         """The model is about to be called in training: a joint step still open has ended."""
         self._time.start()
+        self._arrive()
         if self._stepped and self._updating is None:  # within an update it is a closure that is called again
             with self._at_work():
                 self._conclude()
         if not self._forward_seen and self._updating is None:
             self._forward_seen = True
-            with self._at_work():
+            with self._at_work(), self._in_control():
                 self._control.before_forward()
 
     def before_update(self, optimizer: Optimizer) -> None:
         """After backward, before this optimizer's update."""
         with self._at_work():
+            self._delivery.arrive()
             if self._updating is not None:
                 self._discard()  # the last update raised, and was given up
             if optimizer in self._stepped:
@@ -288,13 +306,16 @@ class Session:
                     step = self._begin()
                     self._measure_gradients(step, self._optimizers)
                     step.loss, step.scaled = self._loss, bool(self._controllers) and is_stepped_by_scaler()
-                    self._control.open(step)
+                    with self._in_control():
+                        self._control.open(step)
                 else:
                     step = self._step
                     self._measure_gradients(step, [optimizer])  # AMP has unscaled them by now
-                self._control.before_update(step, optimizer, parameters)
+                with self._in_control():
+                    self._control.before_update(step, optimizer, parameters)
                 if Need.UPDATE in self._needs:
-                    self._transaction.save(parameters)
+                    with self._at_work_for(Need.UPDATE):
+                        self._transaction.save(parameters)
             except BaseException:
                 self._discard()
                 raise
@@ -303,6 +324,7 @@ class Session:
     def after_update(self, optimizer: Optimizer) -> None:
         """After this optimizer's update."""
         with self._at_work():
+            self._delivery.arrive()
             self._updating = None
             self._transaction.return_gradients()
             self._stepped.append(optimizer)
@@ -311,10 +333,6 @@ class Session:
 
     def _begin(self) -> Step:
         self._readings.step = self._index
-        self._due = [(name, monitor) for name, monitor in self._monitors if self._is_due(name, monitor, self._index)]
-        self._needs = Need.NOTHING
-        for _, plugin in (*self._due, *self._controllers):
-            self._needs |= plugin.needs
         groups = [
             (label, str(group.get("name", k)), group)
             for label, optimizer in zip(self._labels, self._optimizers, strict=True)
@@ -326,7 +344,7 @@ class Session:
             self._layers,
             lambda: dict(self._model.named_parameters()),
             self._transaction,
-            self._control.log.read,
+            self._read,
             self._take_tangent,
             lambda tolerance: self._weight_spectra.measure(
                 self._layers, dict(self._model.named_parameters()), tolerance
@@ -338,11 +356,12 @@ class Session:
     def _measure_gradients(self, step: Step, optimizers: Sequence[Optimizer]) -> None:
         if Need.GRADIENTS not in self._needs:
             return
-        for optimizer in optimizers:
-            norm = gradient_norm(optimizer, self._names.of(optimizer).values())
-            if norm is not None:
-                self._gradient_norms[optimizer] = norm
-        step.gradient_norm = joint_norm(self._gradient_norms.values())
+        with self._at_work_for(Need.GRADIENTS):
+            for optimizer in optimizers:
+                norm = gradient_norm(optimizer, self._names.of(optimizer).values())
+                if norm is not None:
+                    self._gradient_norms[optimizer] = norm
+            step.gradient_norm = joint_norm(self._gradient_norms.values())
 
     def _conclude(self) -> None:
         """All optimizers have stepped, or those that will: measure, decide, commit, publish."""
@@ -351,20 +370,28 @@ class Session:
         step.loss, self._loss = self._loss, None
         step.gradient_norm = joint_norm([norm for one, norm in self._gradient_norms.items() if one in self._stepped])
         try:
-            self._measure(step, after_commit=False)
-            self._control.decide(step)
-            self._measure(step, after_commit=True)
-            self._margins = step.margins or self._margins
+            try:
+                self._measure(step, after_commit=False)
+                with self._in_control():
+                    self._control.decide(step)
+                self._measure(step, after_commit=True)
+                self._margins = step.margins or self._margins
+            finally:
+                self._end(step)
+            self._publish()
         finally:
-            self._discard()
-            self._capture.forget()
-            self._probe.end_step(step.decided_by)
-            self._readings.count(metrics.STEPS)
-            self._readings.gauge(metrics.LAST_STEP_TIMESTAMP, time.time())
-            self._index += 1
-            self._unfetched = True
-            self._arm()
-        self._publish(step.index)
+            self._arm()  # last: by now the time of all this is known
+
+    def _end(self, step: Step) -> None:
+        self._discard()
+        self._capture.forget()
+        self._probe.end_step(step.decided_by)
+        self._readings.count(metrics.STEPS)
+        for name in self._monitors_due.put_off:
+            self._readings.count(metrics.PUT_OFF, 1, name)
+        self._readings.gauge(metrics.LAST_STEP_TIMESTAMP, time.time())
+        self._index = step.index + 1
+        self._unfetched = True
 
     def _measure(self, step: Step, *, after_commit: bool) -> None:
         for name, monitor in self._due:
@@ -379,34 +406,29 @@ class Session:
             else:
                 self._readings.count(metrics.MEASUREMENTS, 1, name)
 
-    def _publish(self, index: int) -> None:
-        due = [(name, sink) for name, sink in self._sinks if self._is_due(name, sink, index)]
-        if due or self._readings.overflowing or self._control.log.overflowing:
-            self._fetch()
-        for name, sink in due:
-            self._tell(name, sink, partial(sink.emit, self._snapshot))
+    def _publish(self) -> None:
+        if self._due_sinks or self._readings.overflowing or self._control.log.overflowing:
+            self._fetch(self._due_sinks)
 
     def _discard(self) -> None:
         """Let go of everything that belongs to one step."""
         self._transaction.close()
-        self._step, self._due, self._updating = None, [], None
+        self._step, self._updating = None, None
         self._stepped, self._forward_seen = [], False
         self._control.forget()
 
     # Services -------------------------------------------------------------------------------------------------------
 
     def _arm(self) -> None:
-        """Keep the next forward's inputs only if somebody will ask for a tangent."""
-        plugins = [monitor for name, monitor in self._monitors if self._is_due(name, monitor, self._index)]
-        needs = [plugin.needs for plugin in (*plugins, *(controller for _, controller in self._controllers))]
-        self._capture.armed = any(Need.TANGENT in need for need in needs)
-
-    def _is_due(self, name: str, plugin: Monitor | Sink, index: int) -> bool:
-        try:
-            return plugin.due(index)
-        except Exception as error:  # noqa: BLE001 a schedule may be anything callable; the run goes on
-            self._notes.add(f"{name} is not due: its schedule failed with {type(error).__name__}: {error}")
-            return False
+        """Decide, once, what the next step is for; its inputs are kept only if somebody will ask for a tangent."""
+        if self._budget.share is not None:
+            self._budget.settle(*self._time.totals()[:2])
+        put_off = self._budget.in_debt
+        self._due = self._monitors_due.due(self._monitors, self._index, put_off=put_off)
+        self._due_sinks = self._sinks_due.due(self._delivery.sinks, self._index, put_off=put_off)
+        self._needs = self._controllers_need = _joint_needs(self._controllers)
+        self._needs |= _joint_needs(self._due)
+        self._capture.armed = Need.TANGENT in self._needs
 
     def _live_tensors(self) -> dict[str, Tensor]:
         """What training changes: the parameters that the optimizers move, and the buffers, by name."""
@@ -431,25 +453,45 @@ class Session:
             self._readings.count(metrics.TANGENT_FALLBACKS, 1, taken.method)
         return taken
 
-    def _tell(self, name: str, sink: Sink, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:  # noqa: BLE001 no run dies because it could not be shown
-            self._sinks = [(other, kept) for other, kept in self._sinks if kept is not sink]
-            self._notes.add(f"{name} failed and is switched off: {type(error).__name__}: {error}")
+    def _read(self, tensors: Sequence[Tensor] = ()) -> list[float]:
+        """Bring 0-d tensors to the host now, behind all that is under way."""
+        if self._delivery.under_way:
+            with self._at_work():
+                self._delivery.finish()
+        return self._control.log.read(tensors)
 
-    def _fetch(self) -> None:
+    def _arrive(self) -> None:
+        if self._delivery.under_way:
+            with self._at_work():
+                self._delivery.arrive()
+
+    def _fetch(self, due: Sequence[tuple[str, Sink]] = ()) -> None:
         if self._index >= _SETTLED:
-            self._readings.gauge(metrics.OVERHEAD_RATIO, self._time.ratio)
-        self._control.log.read()  # ahead of the readings, which count what it tells
-        self._snapshot = self._readings.fetch(self._run)
+            overhead, monitoring = self._time.ratios()
+            self._readings.gauge(metrics.OVERHEAD_RATIO, overhead)
+            self._readings.gauge(metrics.MONITORING_RATIO, monitoring)
         self._unfetched = False
+        self._delivery.start(due)
 
     @contextmanager
-    def _at_work(self) -> Iterator[None]:
+    def _at_work(self, account: Account = Account.OBSERVING) -> Iterator[None]:
         """Redline's own time: no gradients are recorded, and it is counted as overhead."""
-        with self._time.spent(), torch.no_grad():
+        with self._time.spent(account), torch.no_grad():
             yield
+
+    def _in_control(self) -> AbstractContextManager[None]:
+        return self._time.spent(Account.CONTROLLING) if self._controllers else nullcontext()
+
+    def _at_work_for(self, need: Need) -> AbstractContextManager[None]:
+        """What is done here would be done for controllers alone, if they need it."""
+        return self._at_work(Account.CONTROLLING if need in self._controllers_need else Account.OBSERVING)
+
+
+def _joint_needs(plugins: Sequence[tuple[str, Monitor | Controller]]) -> Need:
+    needs = Need.NOTHING
+    for _, plugin in plugins:
+        needs |= plugin.needs
+    return needs
 
 
 def _named(plugins: Sequence[Any], kind: str, method: str) -> list[tuple[str, Any]]:

@@ -26,8 +26,11 @@ class Sink:
     def open(self, snapshot: Snapshot) -> None:
         """The session starts; the snapshot says what runs (``.run``) and has the counters where they stand."""
 
+    def taken(self, step: int) -> None:
+        """A step at which this sink is due was committed, and its readings are on their way; ``emit`` follows."""
+
     def emit(self, snapshot: Snapshot) -> None:
-        """A step at which this sink is due was committed."""
+        """A snapshot of such a step: at once on the CPU, on an accelerator once it has arrived, some steps later."""
 
     def close(self, report: StabilityReport) -> None:
         """The session ends."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from redline.controller import Number, ScaleMatrices
+from redline.host_copy import is_on_host
 from redline.parameters import MatrixLayer, by_layer, fans
-from redline.readings import is_on_host
 from redline.spectrum_tracker import SpectrumTracker
 from redline.step import Step
 from redline.transaction import times

@@ -34,6 +34,7 @@ def attach(
     batch_dim: int = 0,
     module: str | None = None,
     run: str | None = None,
+    overhead_budget: float | None = None,
 ) -> Session:
     """Attach Redline to a model in training.
 
@@ -51,6 +52,9 @@ def attach(
         module: qualified name of the submodule whose forward gives the logits; by default the model itself, or its
             only child that is called in training.
         run: a name for this run; by default the model's class and the time.
+        overhead_budget: the share of training time that monitoring may take, such as 0.02. What is due while it has
+            taken more is put off: it happens once, at the first step that can afford it. Controllers are never put off.
+            By default there is no limit, and schedules are kept as given.
 
     Returns:
         A session, to be used as a context manager or closed by ``session.close()``.
@@ -73,6 +77,7 @@ def attach(
         batch_dim=batch_dim,
         module=module,
         run=describe_run(model, run),
+        overhead_budget=overhead_budget,
     )
 
 

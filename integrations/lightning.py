@@ -18,6 +18,7 @@ from redline.metrics import METRICS
 from redline.monitor import Monitor
 from redline.monitors import default_monitors
 from redline.optimizers import raw_optimizers
+from redline.overhead_budget import checked_share
 from redline.readings import Snapshot
 from redline.session import Session
 from redline.sink import Sink
@@ -42,6 +43,7 @@ class RedlineCallback(Callback):
         logits: Callable[[Any], Any] | None = None,
         batch_dim: int = 0,
         run: str | None = None,
+        overhead_budget: float | None = None,
     ) -> None:
         """Set up what ``redline.attach`` is to be called with.
 
@@ -54,6 +56,10 @@ class RedlineCallback(Callback):
             logits: callable ``output of that forward -> (..., classes)``; by default the output or its ``.logits``.
             batch_dim: dimension of the inputs that counts the samples.
             run: a name for the run; also tells several callbacks of one trainer apart in checkpoints.
+            overhead_budget: the share of training time that monitoring may take, such as 0.02; by default no limit.
+
+        Raises:
+            ConfigurationError: the budget is no share.
         """
         super().__init__()
         self._arguments: dict[str, Any] = {
@@ -62,6 +68,7 @@ class RedlineCallback(Callback):
             "logits": logits,
             "batch_dim": batch_dim,
             "module": module,
+            "overhead_budget": checked_share(overhead_budget),
         }
         self._sinks = sinks or []
         self._run = run
@@ -152,6 +159,9 @@ class _TrainerLoggers(Sink):
         super().__init__(every)
         self._trainer = trainer
 
+    def taken(self, step: int) -> None:
+        self._step = self._trainer.global_step  # it may have gone on by the time the snapshot arrives
+
     def emit(self, snapshot: Snapshot) -> None:
         values = {
             "/".join((series.metric, *series.labels)): value
@@ -159,4 +169,4 @@ class _TrainerLoggers(Sink):
             if METRICS[series.metric].kind != "info"
         }
         for logger in self._trainer.loggers:
-            logger.log_metrics(values, step=self._trainer.global_step)
+            logger.log_metrics(values, step=self._step)

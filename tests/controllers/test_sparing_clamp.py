@@ -244,6 +244,26 @@ def test_monitors_beside_it_change_nothing(every: int) -> None:
     assert ends[0] == ends[1]
 
 
+class EverySecondBack(redline.Controller):
+    """Takes every second step back, ahead of the clamp, which then measures none of these."""
+
+    snapshots_state = True
+    per_parameter = True
+
+    def inspect(self, step: redline.Step) -> list[redline.Reject]:
+        return [redline.Reject("taken back.")] if step.index % 2 else []
+
+
+def test_monitors_measuring_where_the_clamp_is_not_asked_change_nothing() -> None:
+    ends = []
+    for monitors in ([], [redline.GhostRadius(1, max_samples=16, remember=2)]):
+        run = Trained()
+        with run.attach(EverySecondBack(), redline.StepClamp(0.05, max_samples=16, remember=2), monitors=monitors):
+            run.train(range(40), spiked)
+        ends.append(run.everything)
+    assert ends[0] == ends[1]
+
+
 @pytest.mark.parametrize("stale_after", [0, -1, 2.5, True])
 def test_a_staleness_that_is_none_is_refused(stale_after: object) -> None:
     with pytest.raises(redline.ConfigurationError, match=r"got stale_after=.*; expected a number of steps"):

@@ -73,6 +73,88 @@ def test_monitors_do_not_wait_for_the_device():
         assert session.notes == ()
 
 
+class Keeping(redline.Sink):
+    """Keeps what it is handed."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__(every)
+        self.snapshots: list[redline.Snapshot] = []
+
+    def emit(self, snapshot: redline.Snapshot) -> None:
+        self.snapshots.append(snapshot)
+
+
+@pytest.mark.parametrize("controllers", [lambda: [], lambda: [redline.UpdateClamp(1e-4)]], ids=["watched", "held"])
+def test_snapshots_come_without_a_wait_and_are_those_of_a_run_that_waits(controllers, monkeypatch):
+    def run(waits: bool) -> tuple[list[redline.Snapshot], list[redline.Intervention]]:
+        model = language_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        monitors = [redline.WeightSpectrum(5), redline.UpdateSpectrum(5), redline.GhostRadius(2), redline.StepHealth()]
+        sink = Keeping(5)
+        data = batches(24, "cuda")
+        with redline.attach(
+            model, optimizer, monitors=monitors, controllers=controllers(), sinks=[sink], run="run"
+        ) as session:
+            train(model, data[:2], optimizer)  # the first tangent is checked once, which waits
+            torch.cuda.synchronize()
+            with monkeypatch.context() as patch:
+                if not waits:
+                    torch.cuda.set_sync_debug_mode("error")
+                    patch.setattr(torch.cuda.Event, "synchronize", lambda event: pytest.fail("it was waited for"))
+                try:
+                    for tokens in data[2:]:
+                        train(model, [tokens], optimizer)
+                        if waits:
+                            _ = session.latest
+                        else:
+                            while not torch.cuda.current_stream().query():
+                                pass  # no copy is overtaken by the next, which would have to wait for it
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+        return sink.snapshots, list(session.interventions)
+
+    (late, did_late), (waited, did) = run(waits=False), run(waits=True)
+    timed = {"redline_last_step_timestamp_seconds", "redline_overhead_ratio", "redline_monitoring_ratio"}
+    assert [snapshot.step for snapshot in late] == [snapshot.step for snapshot in waited] == [0, 5, 10, 15, 20]
+    for one, other in zip(late, waited, strict=True):
+        values = [{s: v for s, v in each.values.items() if s.metric not in timed} for each in (one, other)]
+        assert values[0] == values[1]
+        assert one.measured_at == other.measured_at
+    assert did_late == did
+    assert bool(did) is bool(controllers())
+
+
+def test_time_on_the_device_is_counted_by_whose_it_is():
+    class Sleeping(redline.Monitor):
+        def measure(self, step, readings):
+            torch.cuda._sleep(50_000_000)  # some tens of milliseconds, none of them the host's
+
+    model = language_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with redline.attach(model, optimizer, monitors=[Sleeping(1)]) as session:
+        train(model, batches(12, "cuda"), optimizer)
+        torch.cuda.synchronize()
+        _, observing, controlling = session._time.totals()
+    assert observing > 12 * 0.005
+    assert controlling == 0
+
+
+def test_an_overhead_budget_puts_measurements_off_and_changes_nothing():
+    def run(budget: float | None) -> tuple[dict[str, Tensor], float]:
+        model = language_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        monitors = [redline.GhostRadius(1, max_samples=None), redline.WeightSpectrum(1)]
+        with redline.attach(model, optimizer, monitors=monitors, overhead_budget=budget) as session:
+            for tokens in batches(60, "cuda"):
+                train(model, [tokens], optimizer)
+                torch.cuda.synchronize()  # what a step took is known by the next
+        return dict(model.state_dict()), session.latest.value("redline_put_off_total", monitor="GhostRadius")
+
+    (free, never), (held, often) = run(None), run(0.02)
+    assert (never, often > 30) == (0, True)
+    assert all(torch.equal(free[name], held[name]) for name in free)
+
+
 def test_spectra_agree_with_a_full_svd():
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(shape, generator=generator) for shape in [(768, 3072), (512, 512), (300, 40), (100, 1)]]

@@ -11,6 +11,7 @@ import random
 import signal
 import socket
 import threading
+import typing
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -412,6 +413,13 @@ def test_r_in_manual_optimization_is_of_both_optimizers_together():
     assert keep.values("redline_loss") == pytest.approx(module.losses)
     assert keep.values("redline_learning_rate", optimizer="Muon", group="0") == [0.02] * 8
     assert keep.values("redline_learning_rate", optimizer="AdamW", group="0") == [0.01] * 8
+
+
+def test_an_overhead_budget_reaches_the_session():
+    callback, _ = measuring_r(overhead_budget=0.02)
+    trainer(callback, max_epochs=1).fit(CallsItself(), data(2))
+    assert callback.session.report().overhead_budget == 0.02
+    assert typing.get_type_hints(RedlineCallback.__init__)["overhead_budget"] == float | None
 
 
 def test_the_loss_is_that_of_each_step():
