@@ -10,12 +10,15 @@ import argparse
 import exact_radius
 import growth
 import overhead
+import peers
 import spectra
 from frame import common_options
 
 import controllers
 
-BENCHMARKS = {one.benchmark.name: one.benchmark for one in (spectra, overhead, growth, controllers, exact_radius)}
+BENCHMARKS = {
+    one.benchmark.name: one.benchmark for one in (spectra, overhead, growth, controllers, exact_radius, peers)
+}
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Every benchmark runs, in a tiny form, and gives tables whose rows have as many cells as their heads."""
 
+import copy
 import importlib
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ TINY = {
     "growth": {"widths": [32, 64], "layers": [1, 2], "width": 32, "pairs": 1, "repeats": 1, "batch": 2},
     "controllers": {"repeats": 1, "steps": 1, "batch": 4, "warmup": 3},
     "exact_radius": {"repeats": 1, "moments": [0]},
+    "peers": {"repeats": 1, "batch": 2, "warmup": 1, "iterations": 3, "only": "top_singular_values"},
 }
 
 
@@ -75,3 +77,30 @@ def test_what_a_session_keeps_is_counted_and_what_the_model_holds_is_not():
     assert overhead.kept_bytes(trainer) - before == 4000
     assert before < 1e5
     trainer.session.close()
+
+
+def test_a_peer_that_is_not_there_has_a_row_that_says_how_to_install_it(monkeypatch):
+    peers = importlib.import_module("peers")
+    monkeypatch.setitem(sys.modules, "weightwatcher", None)
+    page = peers.benchmark.run("cpu", quick=True, repeats=1, batch=2, warmup=1, only="weightwatcher")
+    assert "not installed" in page.lines[-1]
+    assert "pip install weightwatcher==" in page.lines[-1]
+
+
+def test_the_eigenvalue_that_peers_are_compared_with_is_the_hessians():
+    """Of a net so small that its Hessian can be written down."""
+    peers, pairs = importlib.import_module("peers"), importlib.import_module("pairs")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+    workload = pairs.Workload(lambda: copy.deepcopy(model), lambda generator: None)
+    trainer = pairs.Trainer(workload.model, "cpu")
+    bench = peers.Bench(workload, trainer, torch.randn(8, 3), torch.randint(3, (8,)))
+    names, shapes = zip(*((name, one.shape) for name, one in model.named_parameters()), strict=True)
+
+    def loss(flat):
+        parts = flat.split([shape.numel() for shape in shapes])
+        parts = {name: part.view(shape) for name, shape, part in zip(names, shapes, parts, strict=True)}
+        return peers.loss_of(torch.func.functional_call(model, parts, (bench.inputs.double(),)), bench.targets)
+
+    flat = torch.cat([one.detach().double().flatten() for one in model.parameters()])
+    exact = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, flat))[-1].item()
+    assert peers.exact_curvature(bench, 20) == pytest.approx(exact, rel=1e-6)
