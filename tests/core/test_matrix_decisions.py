@@ -91,7 +91,7 @@ def host(values: Sequence[float]) -> Tensor:
 class Elsewhere(Tensor):
     """Passes for a tensor of an accelerator, until it is brought to the CPU."""
 
-    device = property(lambda self: torch.device("cuda", 0))  # type: ignore[assignment]
+    device = property(lambda self: torch.device("xpu", 0))  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Elsewhere:
         return self.clone()
