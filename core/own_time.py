@@ -69,6 +69,7 @@ class OwnTime:
         self._since = mark
         if not self._open or account is None:
             self._last = self._clock()
+            self._drain()  # whether or not anybody ever asks: the list would grow with the run
 
     def _count(self) -> None:
         """Add what is known by now, up to this moment."""
@@ -76,6 +77,9 @@ class OwnTime:
             mark = self._mark()
             self._unknown.append((self._open[-1], self._since, mark))
             self._since = mark
+        self._drain()
+
+    def _drain(self) -> None:
         while self._unknown and (seconds := self._elapsed(*self._unknown[0][1:])) is not None:
             self._spent[self._unknown.popleft()[0]] += seconds
 

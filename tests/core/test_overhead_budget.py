@@ -453,3 +453,17 @@ def test_the_callback_refuses_it_when_it_is_made(budget: Any) -> None:
 
     with pytest.raises(ConfigurationError, match=r"such as 0\.02\. Leave it out to measure whenever it is due"):
         RedlineCallback(overhead_budget=budget)
+
+
+@pytest.mark.parametrize("share", [None, 0.02])
+@pytest.mark.parametrize("controllers", [[], [redline.NonFiniteGuard]], ids=["watched", "guarded"])
+def test_what_time_keeps_does_not_grow_with_a_run_that_nobody_reads(share, controllers):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made = [one() for one in controllers]
+    with redline.attach(model, optimizer, monitors=[], controllers=made, overhead_budget=share) as session:
+        for _ in range(200):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(session._time._unknown) < 20
