@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from redline.errors import ConfigurationError
 
 
@@ -15,7 +13,7 @@ def checked_share(share: float | None) -> float | None:
     """
     if share is None:
         return None
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or math.isnan(share) or not 0 < share < 1:
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
         raise ConfigurationError(
             f"got overhead_budget={share!r}; expected a share of training time above 0 and below 1, such as 0.02. "
             "Leave it out to measure whenever it is due."

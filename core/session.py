@@ -249,7 +249,7 @@ class Session:
         for name, monitor in self._monitors:
             if name in state["monitors"]:
                 monitor.load_state_dict(state["monitors"][name])
-        for agenda, put_off in zip((self._monitors_due, self._sinks_due), state.get("put_off", ()), strict=False):
+        for agenda, put_off in zip((self._monitors_due, self._sinks_due), state["put_off"], strict=True):
             agenda.load_state_dict(put_off)
         self._delivery.refresh()
         self._arm()

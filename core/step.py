@@ -83,6 +83,7 @@ class Step:
         self._start: StepStart | None = None
         self._take_tangent, self._measure_weights = take_tangent, measure_weights
         self._update: Update | None = None
+        self._norms: Tensor | None = None
         self._tangents: dict[tuple[int | None, int], StepTangent | None] = {}
         self._proposed: StepTangent | None = None  # the first of the tangents that no longer hold
         self._spectra: tuple[float, SpectralEstimate] | None = None
@@ -116,8 +117,11 @@ class Step:
 
         Only for those who declared ``Need.UPDATE``. It keeps no update: a step that needs no more costs no copy.
         """
-        norms = [torch.linalg.vector_norm(part) for part in self._transaction.parts()]
-        return torch.stack([norm.to(norms[0], non_blocking=True) for norm in norms])
+        if self._norms is None:
+            norms = [torch.linalg.vector_norm(part) for part in self._transaction.parts()]
+            together = [norm.to(norms[0], non_blocking=True) for norm in norms]
+            self._norms = torch.stack(together) if together else torch.zeros(0)
+        return self._norms
 
     def read(self, numbers: Sequence[Tensor]) -> list[float]:
         """Bring 0-d tensors to the host, in one copy: a controller waits for the device once a step at most."""
@@ -179,4 +183,4 @@ class Step:
     def update_changed(self) -> None:
         """A decision changed the update: what was measured of it no longer holds."""
         self._proposed = self._proposed or self._widest_tangent
-        self._update, self._tangents, self._spectra = None, {}, None
+        self._update, self._norms, self._tangents, self._spectra = None, None, {}, None

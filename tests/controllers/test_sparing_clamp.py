@@ -179,6 +179,18 @@ def test_what_moves_for_the_first_time_is_measured(tangents: list[int]) -> None:
     assert len(tangents) == before + 1
 
 
+def test_a_step_of_nothing_at_all_is_left_alone() -> None:
+    run = Run()
+    with run.attach(redline.StepClamp(max_samples=None)):
+        quiet(run, 5)
+        for parameter in run.parameters_in_order:
+            parameter.requires_grad_(False)
+        F.cross_entropy(run.model(run.x.requires_grad_()), run.y).backward()
+        run.optimizers[0].update = [torch.zeros_like(parameter) for parameter in run.parameters_in_order]
+        with pytest.warns(redline.RedlineWarning, match="no parameter of Sequential"):
+            run.optimizers[0].step()
+
+
 class Trained(ControlledRun):
     """A net in training by Adam, in batches, with a rate that jumps."""
 

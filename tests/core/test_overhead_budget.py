@@ -410,18 +410,6 @@ def test_what_is_to_be_made_up_for_at_the_next_step_survives_a_state(clock: Cloc
     assert rare.steps == [8]
 
 
-def test_a_state_from_before_there_were_budgets_can_be_loaded(clock: Clock) -> None:
-    run, monitor = Run(clock), Costing(clock, 1.0)
-    with run.attach(monitor, budget=None) as session:
-        run.steps(2)
-        state = session.state_dict()
-    del state["put_off"]
-    with run.attach(monitor, budget=0.1) as resumed:
-        resumed.load_state_dict(state)
-        run.steps(2)
-    assert monitor.steps == [0, 1, 2]
-
-
 def test_a_step_that_is_given_up_is_planned_and_counted_once(clock: Clock) -> None:
     run, monitor = Run(clock), Costing(clock, 1.0)
     with run.attach(monitor, budget=0.1) as session:
