@@ -31,7 +31,7 @@ from torch import Tensor
 import redline
 from redline.integrations.demo.models import ByteLM
 
-PERIODS = 50, 10  # steps between spectra, and between tangents
+PERIOD = 50  # steps from one time when all of the default monitors are due to the next
 
 
 def monitors(*made: type[redline.Monitor]) -> Attach:
@@ -60,8 +60,8 @@ DEFAULT, FULL = "default monitors", "all monitors, StepClamp, console and Promet
 ALONE: dict[str, Attach] = {
     "WeightSpectrum, every 50": monitors(redline.WeightSpectrum),
     "UpdateSpectrum, every 50": monitors(redline.UpdateSpectrum),
-    "GhostRadius, every 10": monitors(redline.GhostRadius),
-    "LayerRadii, every 10": monitors(redline.LayerRadii),
+    "GhostRadius, every 50": monitors(redline.GhostRadius),
+    "LayerRadii, every 50": monitors(redline.LayerRadii),
     "StepHealth, every step": monitors(redline.StepHealth),
 }
 
@@ -70,14 +70,12 @@ def interval(seconds: Tensor, draws: int = 2_000) -> tuple[float, float]:
     """Bootstrap 95 % interval of the ratio of sums; ``seconds``: ``(repetitions, pairs, 2)``.
 
     Pairs are drawn anew among those at which the same monitors are due: steps cost by what is due at them, and whole
-    periods, the blocks that would keep this as well, are too few to draw from. With few pairs of a kind (4 in 200 have
-    spectra due) the interval is somewhat too narrow.
+    periods, the blocks that would keep this as well, are too few to draw from. With few pairs of a kind (at 4 in 200
+    all are due) the interval is somewhat too narrow.
     """
-    pairs, index = seconds.flatten(0, 1), torch.arange(seconds.shape[1]).repeat(len(seconds))
-    due = sum((index % period == 0).long() * 2**place for place, period in enumerate(PERIODS))
+    pairs, due = seconds.flatten(0, 1), (torch.arange(seconds.shape[1]) % PERIOD == 0).repeat(len(seconds))
     generator, sums = torch.Generator().manual_seed(0), torch.zeros(draws, 2, dtype=pairs.dtype)
-    for kind in due.unique():
-        alike = pairs[due == kind]
+    for alike in (pairs[due], pairs[~due]):
         for draw in range(draws):
             sums[draw] += alike[torch.randint(len(alike), (len(alike),), generator=generator)].sum(0)
     low, high = (sums[:, 1] / sums[:, 0]).quantile(torch.tensor([0.025, 0.975], dtype=pairs.dtype)).tolist()

@@ -11,5 +11,5 @@ __all__ = ["GhostRadius", "LayerRadii", "StepHealth", "UpdateSpectrum", "WeightS
 
 
 def default_monitors() -> list[Monitor]:
-    """Weights and updates every 50 steps, the ghost radius every 10, health every step."""
+    """Weights, updates and the ghost radius every 50 steps, health every step."""
     return [WeightSpectrum(), UpdateSpectrum(), GhostRadius(), StepHealth()]

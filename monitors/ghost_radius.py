@@ -29,7 +29,7 @@ class GhostRadius(Monitor):
 
     def __init__(
         self,
-        every: int | Schedule = 10,
+        every: int | Schedule = 50,
         *,
         exact: bool = False,
         max_samples: int | None = MAX_SAMPLES,

@@ -33,7 +33,7 @@ class LayerRadii(Monitor):
 
     def __init__(
         self,
-        every: int | Schedule = 10,
+        every: int | Schedule = 50,
         *,
         max_samples: int | None = MAX_SAMPLES,
         remember: int = REMEMBER,

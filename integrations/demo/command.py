@@ -22,6 +22,7 @@ from redline.integrations.console import ConsoleReport
 from redline.integrations.demo.data import byte_batch, digits, library_bytes
 from redline.integrations.demo.models import ByteLM, DigitsTransformer
 from redline.integrations.lightning import RedlineCallback
+from redline.monitors import GhostRadius, StepHealth, UpdateSpectrum, WeightSpectrum
 from redline.integrations.prometheus import PrometheusExporter
 from redline.report import StabilityReport
 
@@ -69,7 +70,11 @@ def _fit(
     size = sum(parameter.numel() for parameter in model.parameters())
     rich.get_console().rule(f"[bold]{title}[/]: {size:,} parameters, {steps} steps")
     exporter = PrometheusExporter(port=port)
-    redline = RedlineCallback(sinks=[ConsoleReport(every=max(steps // 3, 1)), exporter], run=title.replace(" ", "-"))
+    redline = RedlineCallback(
+        monitors=[WeightSpectrum(), UpdateSpectrum(), GhostRadius(every=10), StepHealth()],  # r often: a run this short
+        sinks=[ConsoleReport(every=max(steps // 3, 1)), exporter],
+        run=title.replace(" ", "-"),
+    )
     pl.seed_everything(0, verbose=False)
     pl.Trainer(
         max_steps=steps,

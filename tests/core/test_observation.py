@@ -408,7 +408,7 @@ def test_default_monitors_on_their_default_schedules_change_nothing() -> None:
     assert watched.sessions[0].latest.series("redline_measurements_total") == {
         ("WeightSpectrum",): 2,
         ("UpdateSpectrum",): 2,
-        ("GhostRadius",): 10,
+        ("GhostRadius",): 2,
         ("StepHealth",): 100,
     }
     assert differences(watched, unwatched) == []
