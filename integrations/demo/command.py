@@ -22,8 +22,8 @@ from redline.integrations.console import ConsoleReport
 from redline.integrations.demo.data import byte_batch, digits, library_bytes
 from redline.integrations.demo.models import ByteLM, DigitsTransformer
 from redline.integrations.lightning import RedlineCallback
-from redline.monitors import GhostRadius, StepHealth, UpdateSpectrum, WeightSpectrum
 from redline.integrations.prometheus import PrometheusExporter
+from redline.monitors import GhostRadius, StepHealth, UpdateSpectrum, WeightSpectrum
 from redline.report import StabilityReport
 
 
