@@ -20,6 +20,7 @@ import redline
 from redline.numerics.tangents import FINITE_DIFFERENCE
 
 QUIET = "quiet run: "
+_QUIET_TIMES = 10  # as many pairs: tangents are 20 steps apart there
 
 
 def clamp(samples: int | None, *, difference: bool = False, **settings) -> Attach:
@@ -100,7 +101,8 @@ def run(page: Page, options: argparse.Namespace) -> None:
     workload = byte_level(options.batch)
     page.text(
         f"ByteLM ({workload.parameters:,} parameters), batch {options.batch} x 64 bytes, AdamW, {options.device}; "
-        f"{options.repeats} repetitions of {options.steps} interleaved pairs of steps, nothing trimmed. "
+        f"{options.repeats} repetitions of {options.steps} interleaved pairs of steps (of a quiet run {_QUIET_TIMES} times "
+        "as many), nothing trimmed. "
         f"Controllers are attached after 3 steps; in a quiet run after {options.warmup}, "
         "at a tenth of the rate from there on.",
         "Tangents and r are those of the controlled run: how many of its steps took one, and the median of what they "
@@ -112,20 +114,22 @@ def run(page: Page, options: argparse.Namespace) -> None:
         if options.only not in name:
             continue
         tangents, sums = Tangents(attach), []
+        quiet = name.startswith(QUIET)
+        pairs = options.steps * (_QUIET_TIMES if quiet else 1)
         for seed in range(options.repeats):
             seconds = measure(
                 tangents,
                 workload,
                 seed,
-                pairs=options.steps,
+                pairs=pairs,
                 device=options.device,
-                warmup=options.warmup if name.startswith(QUIET) else 3,
+                warmup=options.warmup if quiet else 3,
             )
             sums.append(seconds.sum(0).tolist())
         median, around = median_and_spread([controlled / plain - 1 for plain, controlled in sums], "+.1%")
-        step = statistics.median(plain for plain, _ in sums) / options.steps
+        step = statistics.median(plain for plain, _ in sums) / pairs
         r = [float(one) for one in tangents.r]
-        taken = f"{len(r)} in {options.repeats * options.steps} steps"
+        taken = f"{len(r)} in {options.repeats * pairs} steps"
         page.row(name, median, around, f"{step * 1e3:.1f} ms", taken, f"{statistics.median(r):.2f}" if r else "–")
 
 
