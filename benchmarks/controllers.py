@@ -101,8 +101,8 @@ def run(page: Page, options: argparse.Namespace) -> None:
     workload = byte_level(options.batch)
     page.text(
         f"ByteLM ({workload.parameters:,} parameters), batch {options.batch} x 64 bytes, AdamW, {options.device}; "
-        f"{options.repeats} repetitions of {options.steps} interleaved pairs of steps (of a quiet run {_QUIET_TIMES} times "
-        "as many), nothing trimmed. "
+        f"{options.repeats} repetitions of {options.steps} interleaved pairs of steps, of a quiet run {_QUIET_TIMES} "
+        "times as many, nothing trimmed. "
         f"Controllers are attached after 3 steps; in a quiet run after {options.warmup}, "
         "at a tenth of the rate from there on.",
         "Tangents and r are those of the controlled run: how many of its steps took one, and the median of what they "

@@ -5,7 +5,8 @@ a starting block ``X`` is grown one product with ``A`` and one with ``A^T`` at a
 Ritz value ``theta``, an estimate of ``sigma_1^2`` from below, with its vector ``v`` and the residual
 ``||A^T A v - theta v|| / theta``. The block starts from the top vectors of the last call (warm) and two random ones,
 because a small residual proves *a* singular value, not the largest: they notice when another has grown past it. Vectors
-are kept as rows: products with a few of them at once then take little longer than with one.
+are kept as rows: products with a few of them at once then take little longer than with one. Where the shorter side is
+short, the Gram matrix is decomposed instead.
 
 Source: Musco & Musco, *Randomized Block Krylov Methods* (arXiv 1504.05477); Kato (1949) and Temple (1928) for
 the bound that stops it; the warm start and the fresh vectors are Redline's own.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 _SQUARINGS = 24  # G^(2^24): two Ritz values 1e-6 apart are told from one another
-_SMALL = 64  # up to this side the Gram matrix itself is cheaper than an iteration, and exact
+_SMALL = 128  # up to this side the Gram matrix itself is cheaper than an iteration, and exact
 _LEAST_ITERATIONS = 2  # before the stopping rule is asked: in one, a fresh row shows nothing
 _MOST_ITERATIONS = 24  # 48 products: what a cold start on a flat spectrum takes
 _UNWATCHED_ITERATIONS = {"cold": 16, "warm": 6}  # where asking for convergence would wait for the device
@@ -35,8 +36,8 @@ class SpectralState:
     """What a call leaves for the next one to start warm from.
 
     Attributes:
-        vectors: for each matrix its top Ritz vectors, ``(min(m, n), rank)`` at most, float32 or float64; None for one
-            that is to start cold.
+        vectors: for each matrix its top Ritz vectors, ``(min(m, n), rank)``, float32 or float64; None for one that is
+            to start cold, or too small to be iterated on.
         seed: of the fresh random vectors; counts up, so that each call draws others.
     """
 
@@ -112,21 +113,22 @@ def _top_singular_value(
     iterations: int | None,
     tolerance: float,
     watched: bool | None,
-) -> tuple[Tensor, Tensor, int, Tensor]:
+) -> tuple[Tensor, Tensor, int, Tensor | None]:
     dtype = matrix.dtype if matrix.dtype in (torch.float32, torch.float64) else torch.float32
     n = min(matrix.shape)
-    generator = torch.Generator(matrix.device).manual_seed(seed)
-    start = start.mT.to(matrix.device, dtype) if start is not None and start.shape == (n, min(rank, n)) else None
     watched = matrix.device.type == "cpu" if watched is None else watched
+    if n <= _SMALL:
+        gram = _gram(matrix, dtype)
+        theta, vectors = _eigenpairs(gram, 1, watched)
+        off = torch.linalg.vector_norm(gram @ vectors[:, 0] - theta[0] * vectors[:, 0])
+        return *_told(theta[0], off, dtype), 2, None
+
+    generator = torch.Generator(matrix.device).manual_seed(seed)
+    start = start.mT.to(matrix.device, dtype) if start is not None and start.shape == (n, rank) else None
     if iterations is None:
         iterations = _MOST_ITERATIONS if watched else _UNWATCHED_ITERATIONS["cold" if start is None else "warm"]
-
     like = torch.empty(0, dtype=dtype, device=matrix.device)
-    basis = newest = (
-        torch.eye(n, dtype=dtype, device=matrix.device)
-        if n <= _SMALL
-        else _starting_block(n, start, rank, generator, like)
-    )
+    basis = newest = _starting_block(n, start, rank, generator, like)
     images: list[Tensor] = []  # (A q)^T for the rows q of the basis, block by block
     returns: list[Tensor] = []  # (A^T A q)^T
     while True:
@@ -134,7 +136,7 @@ def _top_singular_value(
         images.append(image)
         returns.append(back)
         y, z = torch.cat(images), torch.cat(returns)
-        theta, coefficients = _ritz(y, rank, watched)
+        theta, coefficients = _eigenpairs((y @ y.mT).double(), rank, watched)
         residuals = _residuals(theta, coefficients, basis, z)
         if len(images) == iterations or len(basis) + len(newest) > n:
             break
@@ -142,18 +144,31 @@ def _top_singular_value(
             break
         newest = _next_block(back, basis, generator)
         basis = torch.cat([basis, newest])
-    top = theta[0]
-    residual = torch.linalg.vector_norm(residuals[0]) / top
-    vectors = (coefficients[:, : min(rank, n)].to(dtype).mT @ basis).mT
+    vectors = (coefficients[:, :rank].to(dtype).mT @ basis).mT
     # A matrix that is not finite for one step must not take the warm start with it.
-    keep = _starting_block(n, start, rank, generator, like).mT[:, : vectors.shape[1]]
+    keep = _starting_block(n, start, rank, generator, like).mT[:, :rank]
     vectors = torch.where(torch.isfinite(vectors).all(), vectors, keep)
-    return top.sqrt().to(dtype), torch.where(top == 0, 0.0, residual).to(dtype), 2 * len(images), vectors
+    return *_told(theta[0], torch.linalg.vector_norm(residuals[0]), dtype), 2 * len(images), vectors
+
+
+def _told(theta: Tensor, off: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``sigma`` and its relative residual."""
+    return theta.sqrt().to(dtype), torch.where(theta == 0, 0.0, off / theta).to(dtype)
+
+
+def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """``A^T A`` of the shorter side, computed in ``dtype``, in float64."""
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    if matrix.dtype == dtype:
+        return (tall.mT @ tall).double()
+    tiles = (tile.to(dtype) for tile in _tiles(tall))
+    return sum(tile.mT @ tile for tile in tiles).double()
 
 
 def _starting_block(n: int, start: Tensor | None, rank: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    rows = min(rank + _FRESH if start is None else _FRESH, n)
-    fresh = torch.randn(rows, n, generator=generator, dtype=like.dtype, device=like.device)
+    fresh = torch.randn(
+        rank + _FRESH if start is None else _FRESH, n, generator=generator, dtype=like.dtype, device=like.device
+    )
     return _orthonormal(fresh if start is None else torch.cat([start, fresh]))
 
 
@@ -212,14 +227,13 @@ def _next_block(block: Tensor, basis: Tensor, generator: torch.Generator) -> Ten
     return block
 
 
-def _ritz(y: Tensor, rank: int, watched: bool) -> tuple[Tensor, Tensor]:
-    """Ritz values, largest first, and their vectors as columns: eigenpairs of ``G = Y Y^T``, in float64.
+def _eigenpairs(gram: Tensor, rank: int, watched: bool) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of a Gram matrix, largest first, and their vectors as columns.
 
     All of them; unwatched, ``rank``.
     """
-    gram = (y @ y.mT).double()
     if not watched:
-        vectors = _top_vectors_by_squaring(gram, min(rank, len(gram)))
+        vectors = _top_vectors_by_squaring(gram, rank)
     elif bool(gram.isfinite().all()):
         vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)
     else:

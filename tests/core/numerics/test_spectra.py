@@ -51,13 +51,14 @@ def true_residual(matrix: torch.Tensor, vector: torch.Tensor, sigma: torch.Tenso
 
 
 MATRICES = {
-    "tall": lambda: gaussian(500, 100),
+    "tall": lambda: gaussian(500, 150),
     "very tall": lambda: gaussian(3000, 20),
-    "wide": lambda: gaussian(100, 500),
+    "wide": lambda: gaussian(150, 500),
     "very wide": lambda: gaussian(3, 2000),
     "square": lambda: gaussian(256, 256),
+    "just small": lambda: gaussian(128, 140),
     "small square": lambda: gaussian(24, 24),
-    "just too large to be small": lambda: gaussian(65, 65),
+    "just too large to be small": lambda: gaussian(129, 129),
     "large": lambda: gaussian(1200, 400),
     "one column": lambda: gaussian(300, 1),
     "one row": lambda: gaussian(1, 300),
@@ -65,13 +66,13 @@ MATRICES = {
     "rank 1": lambda: gaussian(200, 1) @ gaussian(1, 150, 1),
     "rank 1, small": lambda: gaussian(20, 1) @ gaussian(1, 15, 1),
     "rank 5": lambda: gaussian(200, 5) @ gaussian(5, 150, 1),
-    "one entry not zero": lambda: torch.zeros(120, 90).index_put_(
+    "one entry not zero": lambda: torch.zeros(220, 190).index_put_(
         (torch.tensor(3), torch.tensor(7)), torch.tensor(2.0)
     ),
     "identity": lambda: torch.eye(150),
     "small identity": lambda: torch.eye(20),
-    "orthonormal columns": lambda: orthonormal(300, 120).float(),
-    "diagonal": lambda: torch.diag(torch.linspace(-5.0, 3.0, 100)),
+    "orthonormal columns": lambda: orthonormal(300, 150).float(),
+    "diagonal": lambda: torch.diag(torch.linspace(-5.0, 3.0, 150)),
     "equal tops": lambda: with_spectrum(200, 150, torch.cat([torch.ones(10), torch.full((140,), 0.5)])).float(),
     "clustered tops": lambda: with_spectrum(200, 150, torch.linspace(1, 0.9, 150)).float(),
     "tightly clustered tops": lambda: with_spectrum(300, 200, 1 - 1e-3 * torch.linspace(0, 1, 200)).float(),
@@ -82,11 +83,11 @@ MATRICES = {
     "spike at the edge": lambda: 33 * with_spectrum(300, 200, torch.ones(1)).float() + gaussian(300, 200),
     "power law": lambda: with_spectrum(300, 200, torch.arange(1, 201) ** -0.5).float(),
     "flat power law": lambda: with_spectrum(300, 200, torch.arange(1, 201) ** -0.1).float(),
-    "all ones": lambda: torch.ones(130, 110),
-    "transposed view": lambda: gaussian(90, 140).mT,
-    "strided view": lambda: gaussian(180, 280)[::2, ::2],
-    "scale 1e-12": lambda: gaussian(150, 100) * 1e-12,
-    "scale 1e12": lambda: gaussian(150, 100) * 1e12,
+    "all ones": lambda: torch.ones(190, 170),
+    "transposed view": lambda: gaussian(150, 190).mT,
+    "strided view": lambda: gaussian(300, 380)[::2, ::2],
+    "scale 1e-12": lambda: gaussian(200, 150) * 1e-12,
+    "scale 1e12": lambda: gaussian(200, 150) * 1e12,
     "small, scale 1e-12": lambda: gaussian(30, 20) * 1e-12,
     "small, scale 1e12": lambda: gaussian(30, 20) * 1e12,
     "bfloat16": lambda: gaussian(200, 130).bfloat16(),
@@ -114,6 +115,10 @@ def test_sigma_equals_that_of_a_full_decomposition_cold_and_warm(name, watched):
 def test_the_residual_is_that_of_the_vector_returned(name, watched, iterations):
     matrix = MATRICES[name]()
     estimate = top_singular_values([matrix], iterations=iterations, watched=watched)
+    if min(matrix.shape) <= 128:  # decomposed, not iterated on
+        assert estimate.state.vectors == (None,)
+        assert 0 <= float(estimate.residual[0]) < 1e-5
+        return
     vector = estimate.state.vectors[0][:, 0]
     assert float(vector.norm()) == pytest.approx(1, abs=1e-5)
     # The products are float32: a residual below 1e-5 is rounding.
@@ -130,7 +135,7 @@ def test_two_iterations_on_a_flat_spectrum_say_that_they_have_not_arrived():
 
 
 @watched_and_unwatched
-@pytest.mark.parametrize("shape", [(90, 80), (20, 10), (1, 5), (5, 1), (1, 1)])
+@pytest.mark.parametrize("shape", [(190, 180), (90, 80), (20, 10), (1, 5), (5, 1), (1, 1)])
 def test_a_zero_matrix_has_sigma_0_and_residual_0(shape, watched):
     cold = top_singular_values([torch.zeros(shape)], watched=watched)
     for estimate in (cold, top_singular_values([torch.zeros(shape)], cold.state, watched=watched)):
@@ -167,7 +172,7 @@ def test_no_matrix_gives_an_empty_estimate():
 
 
 def test_parameters_are_measured_without_a_graph_and_left_alone():
-    parameter = torch.nn.Parameter(gaussian(100, 80))
+    parameter = torch.nn.Parameter(gaussian(180, 150))
     kept = parameter.detach().clone()
     estimate = top_singular_values([parameter])
     assert not estimate.sigma.requires_grad
@@ -178,9 +183,9 @@ def test_parameters_are_measured_without_a_graph_and_left_alone():
 
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(
-    rows=st.integers(1, 110),
-    columns=st.integers(1, 110),
-    rank=st.integers(0, 110),
+    rows=st.integers(1, 200),
+    columns=st.integers(1, 200),
+    rank=st.integers(0, 200),
     decay=st.sampled_from([0.0, 0.1, 0.5, 2.0]),
     exponent=st.integers(-12, 12),
     dtype=st.sampled_from([torch.float32, torch.float64]),
@@ -204,7 +209,7 @@ def test_any_matrix(rows, columns, rank, decay, exponent, dtype, watched, seed):
 
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(
-    side=st.sampled_from([(40, 30), (100, 80), (80, 150)]),
+    side=st.sampled_from([(40, 30), (180, 150), (150, 250)]),
     factor=st.floats(1e-3, 1e3),
     seed=st.integers(0, 2**20),
 )
@@ -227,9 +232,9 @@ class TestWarmStart:
             assert relative_error(sigma, matrix) < ACCURACY
 
     def test_it_follows_a_matrix_that_drifts(self):
-        matrix, state = gaussian(200, 120), None
+        matrix, state = gaussian(200, 150), None
         for step in range(25):
-            matrix = 0.98 * matrix + 0.2 * gaussian(200, 120, 1 + step)
+            matrix = 0.98 * matrix + 0.2 * gaussian(200, 150, 1 + step)
             estimate = top_singular_values([matrix], state)
             state = estimate.state
             assert relative_error(estimate.sigma[0], matrix) < ACCURACY
@@ -259,10 +264,10 @@ class TestWarmStart:
 
     @pytest.mark.parametrize("rank", [1, 2, 5])
     def test_rank_is_how_many_orthonormal_vectors_are_kept(self, rank):
-        matrix = gaussian(150, 100)
+        matrix = gaussian(200, 160)
         estimate = top_singular_values([matrix], rank=rank)
         (vectors,) = estimate.state.vectors
-        assert vectors.shape == (100, rank)
+        assert vectors.shape == (160, rank)
         assert torch.allclose(vectors.mT @ vectors, torch.eye(rank), atol=1e-3)
         warm = top_singular_values([matrix], estimate.state, rank=rank)
         assert relative_error(warm.sigma[0], matrix) < ACCURACY
@@ -299,12 +304,12 @@ class TestWarmStart:
     @pytest.mark.parametrize("other", [(300, 90), (90, 300), (80, 80), (20, 10), (1, 1)])
     def test_a_state_of_other_shapes_is_not_used(self, other):
         state = top_singular_values([gaussian(*other)]).state
-        matrix = gaussian(200, 120)
+        matrix = gaussian(200, 150)
         assert relative_error(top_singular_values([matrix], state).sigma[0], matrix) < ACCURACY
 
     def test_a_state_of_another_number_of_matrices_is_not_used(self):
-        state = top_singular_values([gaussian(200, 120), gaussian(90, 70)]).state
-        matrix = gaussian(200, 120, 3)
+        state = top_singular_values([gaussian(200, 150), gaussian(190, 170)]).state
+        matrix = gaussian(200, 150, 3)
         assert relative_error(top_singular_values([matrix], state).sigma[0], matrix) < ACCURACY
 
     def test_a_state_of_another_precision_is_used(self):
@@ -315,7 +320,7 @@ class TestWarmStart:
         assert relative_error(warm.sigma[0], matrix) < ACCURACY
 
     def test_a_state_that_was_saved_goes_on_as_the_one_that_was_not(self):
-        matrices = [gaussian(200, 120), gaussian(40, 30), gaussian(90, 70).double()]
+        matrices = [gaussian(200, 150), gaussian(40, 30), gaussian(190, 170).double()]
         state = top_singular_values(matrices).state
         file = io.BytesIO()
         torch.save({"vectors": list(state.vectors), "seed": state.seed}, file)
@@ -328,7 +333,7 @@ class TestWarmStart:
         assert torch.equal(went_on.passes, resumed.passes)
         assert went_on.state.seed == resumed.state.seed
         for a, b in zip(went_on.state.vectors, resumed.state.vectors, strict=True):
-            assert torch.equal(a, b)
+            assert a is b is None or torch.equal(a, b)
 
     def test_each_call_draws_other_columns(self):
         matrix = gaussian(300, 200)
@@ -360,7 +365,7 @@ def locked_on(shape: tuple[int, int], bulk: str, factor: float, seed: int) -> tu
 class TestNonFinite:
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("where", ["one entry", "everywhere"])
-    @pytest.mark.parametrize("shape", [(150, 100), (100, 150), (20, 10), (30, 1), (1, 1)])
+    @pytest.mark.parametrize("shape", [(190, 150), (150, 190), (20, 10), (30, 1), (1, 1)])
     @watched_and_unwatched
     def test_it_gives_nan_and_does_not_poison_the_next_call(self, watched, value, where, shape):
         matrix = gaussian(*shape)
@@ -382,7 +387,7 @@ class TestNonFinite:
         assert relative_error(after_becoming_warm(matrix, during.state, watched), matrix) < ACCURACY
 
     def test_its_neighbours_are_measured(self):
-        matrices = [gaussian(150, 100), torch.full((90, 80), math.nan), gaussian(30, 40)]
+        matrices = [gaussian(200, 160), torch.full((90, 80), math.nan), gaussian(30, 40)]
         sigma = top_singular_values(matrices).sigma
         assert torch.isnan(sigma).tolist() == [False, True, False]
         assert relative_error(sigma[0], matrices[0]) < ACCURACY
@@ -392,7 +397,7 @@ class TestNonFinite:
 class TestRandomStreams:
     def test_no_global_stream_is_drawn_from_or_moved(self):
         before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-        top_singular_values([gaussian(200, 120), gaussian(10, 10)])
+        top_singular_values([gaussian(200, 150), gaussian(10, 10)])
         torch_state, numpy_state, python_state = before
         assert torch.equal(torch.get_rng_state(), torch_state)
         assert np.array_equal(np.random.get_state()[1], numpy_state[1])  # noqa: NPY002
@@ -400,7 +405,7 @@ class TestRandomStreams:
         assert random.getstate() == python_state
 
     def test_the_result_does_not_depend_on_a_global_stream(self):
-        matrix, results = gaussian(200, 120), []
+        matrix, results = gaussian(200, 150), []
         for seed in (0, 1):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -408,7 +413,7 @@ class TestRandomStreams:
         assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("shape", [(101, 149), (110, 128), (110, 142), (119, 121), (130, 110), (200, 66)])
+@pytest.mark.parametrize("shape", [(201, 149), (130, 138), (130, 142), (219, 221), (190, 170), (200, 66)])
 def test_rank_1_never_exceeds_its_singular_value_however_often_it_is_measured(shape):
     """Beyond the rank a Krylov block is rounding; kept for signal, it would lead the Ritz value above sigma_1."""
     matrix, state = torch.ones(shape), None
