@@ -70,14 +70,19 @@ def interval(seconds: Tensor, draws: int = 2_000) -> tuple[float, float]:
     """Bootstrap 95 % interval of the ratio of sums; ``seconds``: ``(repetitions, pairs, 2)``.
 
     Pairs are drawn anew among those at which the same monitors are due: steps cost by what is due at them, and whole
-    periods, the blocks that would keep this as well, are too few to draw from. With few pairs of a kind (at 4 in 200
-    all are due) the interval is somewhat too narrow.
+    periods, the blocks that would keep this as well, are too few to draw from. Of ``n`` alike ``n - 1`` are drawn and
+    stand for all, without which an interval over the few at which all are due would be too narrow (Rao & Wu, 1988).
     """
     pairs, due = seconds.flatten(0, 1), (torch.arange(seconds.shape[1]) % PERIOD == 0).repeat(len(seconds))
     generator, sums = torch.Generator().manual_seed(0), torch.zeros(draws, 2, dtype=pairs.dtype)
     for alike in (pairs[due], pairs[~due]):
+        n = len(alike)
+        if n < 2:
+            sums += alike.sum(0)
+            continue
         for draw in range(draws):
-            sums[draw] += alike[torch.randint(len(alike), (len(alike),), generator=generator)].sum(0)
+            drawn = torch.randint(n, (n - 1,), generator=generator)
+            sums[draw] += alike[drawn].sum(0) * n / (n - 1)
     low, high = (sums[:, 1] / sums[:, 0]).quantile(torch.tensor([0.025, 0.975], dtype=pairs.dtype)).tolist()
     return low, high
 
