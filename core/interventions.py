@@ -69,12 +69,14 @@ class InterventionLog:
 
     Attributes:
         latest: the last 10,000, oldest first.
+        told: how many there have been in this session.
         rejection: that of a step whose rejection was found out only after it had ended; the run has to stop.
     """
 
     def __init__(self, readings: Readings) -> None:
         """``readings``: where decisions are counted."""
         self.latest: deque[Intervention] = deque(maxlen=_MOST_KEPT)
+        self.told = 0
         self.rejection: Intervention | None = None
         self._readings = readings
         self._tallies: dict[tuple[str, str], Tally] = {}
@@ -154,11 +156,17 @@ class InterventionLog:
         saw = {key: float(value) for key, value in decision.saw.items()}
         one = Intervention(step, controller, decision.action, _in_words(decision, saw), saw)
         self.latest.append(one)
-        kind = controller, one.action
-        so_far = self._tallies.get(kind, Tally(*kind, 0, step, step, one.reason))
-        self._tallies[kind] = replace(so_far, count=so_far.count + 1, last_step=step, last_reason=one.reason)
-        count(metrics.INTERVENTIONS, 1, *kind)
+        self.told += 1
+        tally(self._tallies, one)
+        count(metrics.INTERVENTIONS, 1, controller, one.action)
         return one
+
+
+def tally(tallies: dict[tuple[str, str], Tally], one: Intervention) -> None:
+    """Count one in, under its controller and action."""
+    kind = one.controller, one.action
+    so_far = tallies.get(kind, Tally(*kind, 0, one.step, one.step, one.reason))
+    tallies[kind] = replace(so_far, count=so_far.count + 1, last_step=one.step, last_reason=one.reason)
 
 
 def tensors_of(untold: Sequence[Untold]) -> list[Tensor]:

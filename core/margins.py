@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from redline.trail import FragileSample
+
 
 class SampleMargin(NamedTuple):
     """One sample of the batch.
@@ -40,6 +42,14 @@ class StepMargins:
     r: Tensor
     exact_r: Tensor | None
 
+    def leading(self, count: int = 5) -> Tensor:
+        """The samples that bind, in the same order, left on the device: rows of place, r and exact r, NaN if unknown."""
+        exact = torch.full_like(self.r, math.nan) if self.exact_r is None else self.exact_r
+        unknown = self.r / (1 + self.r) - 1  # below every one that is known
+        order = torch.where(exact.isnan(), unknown, exact).masked_fill(self.r.isnan(), math.inf)
+        first = order.topk(min(count, len(order))).indices
+        return torch.stack([self.samples.to(self.r), self.r, exact])[:, first].T
+
     def most_fragile(self, count: int = 5) -> list[SampleMargin]:
         """The samples that bind, most fragile first: by the exact radius where it is known, else by the bound."""
         exact = torch.full_like(self.r, math.nan) if self.exact_r is None else self.exact_r
@@ -48,6 +58,15 @@ class StepMargins:
             for sample, r, exact_r in zip(self.samples.tolist(), self.r.tolist(), exact.tolist(), strict=True)
         ]
         return sorted(margins, key=_fragility, reverse=True)[:count]
+
+
+def fragile_samples(step: int, numbers: list[float]) -> list[FragileSample]:
+    """The rows of ``leading``, once they are on the host."""
+    rows = zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
+    return [
+        FragileSample(step, None if place < 0 else int(place), r, None if math.isnan(exact) else exact)
+        for place, r, exact in rows
+    ]
 
 
 def _fragility(one: SampleMargin) -> tuple[bool, float]:

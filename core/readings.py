@@ -12,6 +12,7 @@ from torch import Tensor
 
 from redline.host_copy import to_host
 from redline.metrics import METRICS, Metric
+from redline.trail import Measurement, Since
 
 Value: TypeAlias = "float | Tensor"
 
@@ -47,6 +48,8 @@ class Snapshot:
         run: what is running.
         values: value of every series.
         measured_at: the step at which each series was measured; gauges keep their last value.
+        first_step: the step at which this session began: 0, or where it was resumed.
+        since: what happened since the last snapshot that the same sink was handed.
     """
 
     step: int
@@ -54,6 +57,8 @@ class Snapshot:
     run: RunInfo
     values: Mapping[Series, float] = field(repr=False)
     measured_at: Mapping[Series, int] = field(repr=False)
+    first_step: int = field(default=0, repr=False)
+    since: Since = field(default_factory=Since, repr=False)
 
     def value(self, metric: str, **labels: str) -> float:
         """Value of one series.
@@ -180,7 +185,7 @@ class Readings:
         self._counts: dict[Series, float] = {}
         self._values: dict[Series, float] = {}
         self._measured_at: dict[Series, int] = {}
-        self.step = -1
+        self.step, self._first_step = -1, 0
         for metric in METRICS.values():
             if metric.kind == "counter" and not metric.labels:
                 self.count(metric, 0)
@@ -224,10 +229,13 @@ class Readings:
 
     def receive(self, batch: Batch, numbers: Iterator[list[float]], run: RunInfo) -> Snapshot:
         """A snapshot as of when the batch was taken; ``numbers``: its tensors, in order."""
+        measurements: list[Measurement] = []
         for series, step, value in batch.read(numbers):
             if value is not None:
                 self._values[series], self._measured_at[series] = value, step
                 self._observe(series, step, value)
+                if METRICS[series.metric].tracked:
+                    measurements.append(Measurement(series, step, value))
             else:
                 self._values.pop(series, None)
                 self._measured_at.pop(series, None)
@@ -238,6 +246,8 @@ class Readings:
             run,
             MappingProxyType({**self._values, **self._counts}),
             MappingProxyType(dict(self._measured_at)),
+            self._first_step,
+            Since(tuple(measurements)),
         )
 
     def fetch(self, run: RunInfo) -> Snapshot:
@@ -260,7 +270,7 @@ class Readings:
         self._counts = _sums(self._counts, self._batch.counts)
         self._counts.update({Series(name, tuple(labels)): value for name, labels, value in state["counts"]})
         self._batch.counts.clear()
-        self.step = state["step"]
+        self.step, self._first_step = state["step"], state["step"] + 1
 
 
 def _sums(one: Mapping[Series, float], other: Mapping[Series, float]) -> dict[Series, float]:

@@ -375,12 +375,17 @@ class Session:
                 with self._in_control():
                     self._control.decide(step)
                 self._measure(step, after_commit=True)
-                self._margins = step.margins or self._margins
+                self._keep_margins(step.margins)
             finally:
                 self._end(step)
             self._publish()
         finally:
             self._arm()  # last: by now the time of all this is known
+
+    def _keep_margins(self, margins: StepMargins | None) -> None:
+        if margins is not None:
+            self._margins = margins
+            self._delivery.add_margins(margins)
 
     def _end(self, step: Step) -> None:
         self._discard()

@@ -32,5 +32,8 @@ class Sink:
     def emit(self, snapshot: Snapshot) -> None:
         """A snapshot of such a step: at once on the CPU, on an accelerator once it has arrived, some steps later."""
 
+    def finish(self, snapshot: Snapshot) -> None:
+        """No more steps come: a last snapshot, whatever the schedule, for who keeps everything; ``close`` follows."""
+
     def close(self, report: StabilityReport) -> None:
         """The session ends."""
