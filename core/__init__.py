@@ -23,6 +23,7 @@ from redline.errors import ConfigurationError, ControllerError, RedlineWarning, 
 from redline.integrations.attach import attach
 from redline.integrations.console import ConsoleReport
 from redline.integrations.prometheus import PrometheusExporter
+from redline.integrations.record import JsonlRecorder
 from redline.interventions import Intervention
 from redline.metrics import METRICS, Metric
 from redline.monitor import Monitor, Need
@@ -44,6 +45,7 @@ __all__ = [
     "Decay",
     "GhostRadius",
     "Intervention",
+    "JsonlRecorder",
     "Keep",
     "LayerRadii",
     "Metric",

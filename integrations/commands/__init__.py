@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from redline.integrations.commands import demo
+from redline.integrations.commands import compare, demo, report
 
-COMMANDS: tuple[ModuleType, ...] = (demo,)
+COMMANDS: tuple[ModuleType, ...] = (demo, report, compare)
 """In the order in which ``redline --help`` lists them."""

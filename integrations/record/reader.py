@@ -113,10 +113,10 @@ class _Reading:
     def __init__(self, path: Path, sessions: Sequence[_Session]) -> None:
         self._path = path
         self._until: list[float] = []  # of each session, the step from which it is superseded
-        until = math.inf
-        for session in reversed(sessions):
+        until, before = math.inf, [None, *sessions]
+        for session, earlier in reversed(list(zip(sessions, before, strict=False))):
             self._until.insert(0, until)
-            if not session.goes_on:
+            if not session.goes_on or earlier is None or earlier.first_step != session.first_step:
                 until = min(until, session.first_step)
         self._session = -1
         self._state: State | None = None
