@@ -8,7 +8,7 @@ from typing import Any
 from redline import metrics
 from redline.integrations.html.charts import MOST_LAYERS, Line, chart, curve, layers
 from redline.integrations.html.document import document, figure, section, table, text
-from redline.integrations.html.report_page import facts, findings, marks
+from redline.integrations.html.report import facts, findings, marks
 from redline.integrations.record.comparison import Comparison, times
 from redline.integrations.record.reader import Record
 from redline.metrics import Metric
