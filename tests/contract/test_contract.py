@@ -12,7 +12,9 @@ import inspect
 import io
 import pickle
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,7 +53,18 @@ def exported(base: type) -> list[type]:
 
 MONITORS, SINKS = exported(Monitor), exported(Sink)
 CONTROLLERS = [*exported(Controller), HalvingDouble]
-ARGUMENTS: dict[str, dict[str, Any]] = {"PrometheusExporter": {"port": 0}}  # a port that two can have at once
+FILES = count()
+ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "PrometheusExporter": lambda: {"port": 0},  # a port that two can have at once
+    "JsonlRecorder": lambda: {"path": f"{next(FILES)}.jsonl"},  # a file of its own
+}
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sinks that write files by default write them where nobody else looks."""
+    monkeypatch.chdir(tmp_path)
+
 
 of_every_monitor = pytest.mark.parametrize("kind", MONITORS)
 of_every_sink = pytest.mark.parametrize("kind", SINKS)
@@ -60,7 +73,7 @@ with_a_schedule = pytest.mark.parametrize("kind", [*MONITORS, *SINKS])
 
 
 def make(kind: type, **more: Any) -> Any:
-    return kind(**{**ARGUMENTS.get(kind.__name__, {}), **more})
+    return kind(**{**ARGUMENTS.get(kind.__name__, dict)(), **more})
 
 
 def often(kind: type) -> Any:
@@ -138,7 +151,7 @@ def everything(run: Run) -> dict[str, Any]:
 
 def test_there_is_something_to_test() -> None:
     assert {kind.__name__ for kind in MONITORS} >= {"GhostRadius", "StepHealth", "UpdateSpectrum", "WeightSpectrum"}
-    assert {kind.__name__ for kind in SINKS} >= {"ConsoleReport", "PrometheusExporter"}
+    assert {kind.__name__ for kind in SINKS} >= {"ConsoleReport", "JsonlRecorder", "PrometheusExporter"}
     assert {type(monitor) for monitor in redline.default_monitors()} <= set(MONITORS)
 
 

@@ -1,6 +1,7 @@
 "use strict";
-/* Draws every figure of the page from its data, and says so on the root element: data-charts, and data-error if one failed.
-   Opened with #check, it also counts what each canvas holds that is not blank, as data-ink. */
+/* Draws every figure of the page from its data, and says so on the root element: data-charts, and data-error if one
+   failed. Opened with #check, it also counts what each canvas holds that is not blank, as data-ink, and by how many
+   pixels the page is wider than the window, as data-overflow. */
 (() => {
   const root = document.documentElement;
   const specs = JSON.parse(document.getElementById("data").textContent);
@@ -23,6 +24,7 @@
   setTimeout(() => {
     if (location.hash === "#check") {
       for (const canvas of document.querySelectorAll("figure canvas")) canvas.dataset.ink = ink(canvas);
+      root.dataset.overflow = Math.max(root.scrollWidth - innerWidth, 0);
     }
     root.dataset.charts = drawn;
   }, 50);
