@@ -57,3 +57,17 @@ def recorded(path: Path, steps: int = 40, *, every: int = 7, lr: float = 0.5, **
 
 def lines_of(path: Path) -> Sequence[str]:
     return path.read_text().splitlines()
+
+
+EVIL = "</script><img src=x onerror=alert(1)>&\"'"
+"""A name that gets out of where it stands, if it is let."""
+
+
+def evil_run(path: Path) -> None:
+    """A run of that name, recorded, with a layer of that name."""
+    run = RecordedRun()
+    layers = nn.Sequential(nn.Linear(6, 16))
+    layers._modules[EVIL] = nn.Linear(16, 4)
+    run.model, run.optimizer = layers, torch.optim.SGD(layers.parameters(), 0.5)
+    with run.attach(redline.JsonlRecorder(path, 5), run=EVIL):
+        run.steps(0, 12)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from browser import Opened, opened
-from recorded_runs import RecordedRun, recorded
-from test_pages import EVIL, evil_run
+from recorded_runs import EVIL, RecordedRun, evil_run, recorded
 
 import redline
 from redline.integrations.html import compare_page, report_page

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded_runs import RecordedRun, recorded
-from torch import nn
+from recorded_runs import EVIL, RecordedRun, evil_run, recorded
 
 import redline
 from redline.integrations.html import compare_page, report_page
@@ -19,8 +18,6 @@ from redline.integrations.html.charts import MOST_COLUMNS, MOST_MARKS, columns, 
 from redline.integrations.html.document import document
 from redline.integrations.record import Record, read
 from redline.integrations.record.comparison import Comparison
-
-EVIL = "</script><img src=x onerror=alert(1)>&\"'"
 
 
 class Elements(HTMLParser):
@@ -117,17 +114,6 @@ def test_every_figure_has_data(page: str):
     figures = re.findall(r'data-chart="(\w+)"', page)
     assert {"r", "loss", "radius", "layers"} <= set(figures)
     assert set(figures) <= set(data_of(page))
-
-
-def evil_run(path: Path) -> None:
-    run = RecordedRun()
-    layers = nn.Sequential()
-    layers.add_module("x", nn.Linear(6, 16))
-    layers._modules[EVIL.replace(".", "")] = nn.Linear(16, 4)
-    run.model = layers
-    run.optimizer = __import__("torch").optim.SGD(layers.parameters(), 0.5)
-    with run.attach(redline.JsonlRecorder(path, 5), run=EVIL):
-        run.steps(0, 12)
 
 
 @pytest.mark.parametrize("kind", ["report", "compare"])
