@@ -43,11 +43,12 @@ class StepMargins:
     exact_r: Tensor | None
 
     def leading(self, count: int = 5) -> Tensor:
-        """The samples that bind, in the same order, left on the device: rows of place, r and exact r, NaN if unknown."""
+        """The samples that bind, left on the device: rows of place, r and exact r (NaN if unknown), in the same order."""
         exact = torch.full_like(self.r, math.nan) if self.exact_r is None else self.exact_r
-        unknown = self.r / (1 + self.r) - 1  # below every one that is known
-        order = torch.where(exact.isnan(), unknown, exact).masked_fill(self.r.isnan(), math.inf)
-        first = order.topk(min(count, len(order))).indices
+        size = torch.where(exact.isnan(), self.r, exact)
+        first = size.nan_to_num(nan=math.inf).argsort(descending=True, stable=True)
+        leads = ~exact.isnan() | size.isnan()  # see _fragility
+        first = first[leads[first].int().argsort(descending=True, stable=True)][:count]
         return torch.stack([self.samples.to(self.r), self.r, exact])[:, first].T
 
     def most_fragile(self, count: int = 5) -> list[SampleMargin]:

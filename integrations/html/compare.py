@@ -16,7 +16,13 @@ from redline.readings import Series
 from redline.report_view import number
 
 _OVERLAID: tuple[tuple[str, str, str, Metric, dict[str, Any]], ...] = (
-    ("r", "Step size r, as proposed", "1 is the redline.", metrics.NORMALIZED_STEP_SIZE, {"log": True, "redline": True}),
+    (
+        "r",
+        "Step size r, as proposed",
+        "1 is the redline.",
+        metrics.NORMALIZED_STEP_SIZE,
+        {"log": True, "redline": True},
+    ),
     ("loss", "Training loss", "Marked: what the controllers did in either run.", metrics.LOSS, {}),
     ("radius", "Radius ρ", "As a length.", metrics.GHOST_RADIUS, {"log": True}),
     ("step", "Step length τ", "As a length.", metrics.UPDATE_NORM, {"log": True}),
@@ -98,7 +104,9 @@ def _layer_data(comparison: Comparison) -> dict[str, Any]:
     shown = [pair.name for pair in comparison.layers[:MOST_LAYERS]]
     quantities = []
     for title, metric in (("σ₁(W)", metrics.WEIGHT_SPECTRAL_NORM), ("ΔW/W", metrics.UPDATE_TO_WEIGHT_RATIO)):
-        by_layer = {pair.name: _ratios(comparison, metric, pair.first.name, pair.second.name) for pair in comparison.layers}
+        by_layer = {
+            pair.name: _ratios(comparison, metric, pair.first.name, pair.second.name) for pair in comparison.layers
+        }
         quantities.append((f"{title}, {_RATIO}", "Where the two runs are alike it is 1.", by_layer))
     return layers(quantities, shown, shown, scale={title: "ratio" for title, _, _ in quantities})
 

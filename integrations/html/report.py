@@ -77,7 +77,8 @@ def duration(seconds: float) -> str:
 
 def _head(record: Record, report: StabilityReport) -> str:
     shown = "".join(f"<li>{text(fact)}</li>" for fact in facts(record, report))
-    return f"<header><h1><small>redline · stability report</small>{text(report.run.run)}</h1><ul class=facts>{shown}</ul></header>"
+    name = f"<small>redline · stability report</small>{text(report.run.run)}"
+    return f"<header><h1>{name}</h1><ul class=facts>{shown}</ul></header>"
 
 
 def _tiles(report: StabilityReport) -> list[tuple[str, str, bool]]:
@@ -101,16 +102,20 @@ def _course(record: Record) -> str:
     charts = [
         figure("r", "Step size r", "The step over the radius within which the loss can follow it; 1 is the redline."),
         figure("loss", "Training loss", "Marked: what the controllers did. Point at a mark to read it."),
-        figure("radius", "Radius ρ and step length τ", "Both as lengths; where τ is above ρ, r is above 1.", wide=False),
+        figure(
+            "radius", "Radius ρ and step length τ", "Both as lengths; where τ is above ρ, r is above 1.", wide=False
+        ),
         figure("gradient", "Gradient norm", wide=False),
         figure("rate", "Learning rate", wide=False),
         figure("scale", "Scale put on the step", "By the controllers; 1 is untouched.", wide=False),
     ]
     if len(binding) > 1:
         charts.append(figure("binding", "Which radius binds", "The highest is the one that binds."))
-    return section("The run, step by step", f'<div class="charts">{"".join(charts)}</div>', note=(
-        "Drag across a chart to look closer, double-click to go back. Long runs are thinned; spikes stay."
-    ))
+    return section(
+        "The run, step by step",
+        f'<div class="charts">{"".join(charts)}</div>',
+        note=("Drag across a chart to look closer, double-click to go back. Long runs are thinned; spikes stay."),
+    )
 
 
 def _layers(record: Record, report: StabilityReport) -> str:
@@ -171,7 +176,7 @@ def _samples(samples: Sequence[FragileSample]) -> Iterator[str]:
     yield section(
         "Samples that came nearest to the redline",
         table(["step", "place in the batch", "r", "r, exact"], rows, words=2),
-        note="Look at the data behind them: a label that is wrong, or an input far from the others, is often first here.",
+        note="Look at the data behind them: a wrong label or an input far from the others is often first here.",
     )
 
 
@@ -206,9 +211,7 @@ def _data(record: Record, report: StabilityReport) -> dict[str, Any]:
             log=True,
             redline=True,
         ),
-        "loss": chart(
-            [Line("loss", curve(record, metrics.LOSS), 0)], unit="loss", marks=marks(record.interventions)
-        ),
+        "loss": chart([Line("loss", curve(record, metrics.LOSS), 0)], unit="loss", marks=marks(record.interventions)),
         "radius": chart(
             [
                 Line("radius ρ", curve(record, metrics.GHOST_RADIUS), 0),

@@ -136,9 +136,7 @@ def _runs(comparison: Comparison) -> Table:
 
 
 def _table(title: str, first: str, *headings: str) -> Table:
-    table = Table(
-        box=None, padding=(0, 1, 0, 0), pad_edge=False, title=title, title_justify="left", title_style="bold"
-    )
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title=title, title_justify="left", title_style="bold")
     table.add_column(first, style="cyan", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")

@@ -15,8 +15,8 @@ from redline.readings import Snapshot
 def follow(path: str | Path, *, poll: float = 0.5, live: bool = True) -> Iterator[Snapshot]:
     """The snapshots of a record, from its first line on, and then each as it is written.
 
-    Each has all values as of its line, and in ``since`` what happened since the line before. It ends with the run: at
-    a closing line with nothing behind it. A run that was killed wrote none; then it waits on, for the run to be resumed.
+    Each has all values as of its line, and in ``since`` what happened since the line before. It ends with the run, at
+    a closing line with nothing behind it. A run that was killed wrote none: then it waits, for the run to be resumed.
 
     Args:
         path: the record's first file, or another of its files, to begin there.

@@ -73,7 +73,9 @@ def checked_header(text: bytes, path: Path) -> Header:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{foreign}: its first line is not JSON. Expected what JsonlRecorder wrote.") from error
+        raise ConfigurationError(
+            f"{foreign}: its first line is not JSON. Expected what JsonlRecorder wrote."
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ConfigurationError(f'{foreign}: its first line does not say "format": "{FORMAT}".')
     version = content.get("version")

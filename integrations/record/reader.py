@@ -181,7 +181,9 @@ class _Reading:
     def record(self, there: Sequence[Part]) -> Record:
         """What it comes to."""
         if self._state is None or self._line is None:
-            raise ConfigurationError(f"got {self._path}, which holds no whole line; expected a run's first step at least.")
+            raise ConfigurationError(
+                f"got {self._path}, which holds no whole line; expected a run's first step at least."
+            )
         return Record(
             self._path,
             self._state.snapshot(self._line),

@@ -133,7 +133,9 @@ def closing_text(report: StabilityReport) -> bytes:
 
 
 def _text(content: Any) -> bytes:
-    return json.dumps(content, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode(errors="replace") + b"\n"
+    return (
+        json.dumps(content, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode(errors="replace") + b"\n"
+    )
 
 
 def _number(value: float) -> float | str:

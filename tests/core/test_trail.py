@@ -100,7 +100,9 @@ def test_the_samples_are_the_most_fragile_of_the_margins(run: RecordedRun):
     ],
 )
 def test_leading_samples_come_in_the_order_of_the_margins(r: list[float], exact: list[float] | None):
-    margins = StepMargins(3, torch.tensor([4, -1, 2, 9]), torch.tensor(r), None if exact is None else torch.tensor(exact))
+    margins = StepMargins(
+        3, torch.tensor([4, -1, 2, 9]), torch.tensor(r), None if exact is None else torch.tensor(exact)
+    )
     told = fragile_samples(3, margins.leading(3).double().reshape(-1).tolist())
     assert [(one.sample, str(one.r), one.exact_r) for one in told] == [
         (one.sample, str(one.r), one.exact_r) for one in margins.most_fragile(3)

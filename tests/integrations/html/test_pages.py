@@ -186,7 +186,8 @@ def test_two_runs_are_laid_over_one_another(tmp_path: Path, record: Record):
     step = spectra["x"].index(35)
     name = spectra["layers"][0]
     expected = [
-        dict(one.curves[redline.Series("redline_weight_spectral_norm", (name,))].points())[35] for one in (record, other)
+        dict(one.curves[redline.Series("redline_weight_spectral_norm", (name,))].points())[35]
+        for one in (record, other)
     ]
     assert spectra["rows"][0][step] == pytest.approx(expected[1] / expected[0], rel=1e-5)
     assert max(spectra["x"]) <= 39, "as far as both go"

@@ -89,4 +89,6 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "which is no record of Redline's" in failing(capsys, "report", tmp_path / "foreign.jsonl")
     recorded(tmp_path / "run.jsonl", 3)
     assert "which is no record" in failing(capsys, "compare", tmp_path / "run.jsonl", tmp_path / "foreign.jsonl")
-    assert "cannot be written" in failing(capsys, "report", tmp_path / "run.jsonl", "--html", tmp_path / "no" / "r.html")
+    assert "cannot be written" in failing(
+        capsys, "report", tmp_path / "run.jsonl", "--html", tmp_path / "no" / "r.html"
+    )
