@@ -43,10 +43,10 @@ class StepMargins:
     exact_r: Tensor | None
 
     def leading(self, count: int = 5) -> Tensor:
-        """The samples that bind, left on the device: rows of place, r and exact r (NaN if unknown), in the same order."""
+        """The samples that bind, in order, left on the device: rows of place, r and exact r (NaN if unknown)."""
         exact = torch.full_like(self.r, math.nan) if self.exact_r is None else self.exact_r
         size = torch.where(exact.isnan(), self.r, exact)
-        first = size.nan_to_num(nan=math.inf).argsort(descending=True, stable=True)
+        first = size.masked_fill(size.isnan(), math.inf).argsort(descending=True, stable=True)
         leads = ~exact.isnan() | size.isnan()  # see _fragility
         first = first[leads[first].int().argsort(descending=True, stable=True)][:count]
         return torch.stack([self.samples.to(self.r), self.r, exact])[:, first].T

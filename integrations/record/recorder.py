@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,11 +15,6 @@ from redline.readings import Snapshot
 from redline.report import StabilityReport
 from redline.schedules import Schedule
 from redline.sink import Sink
-
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
 
 MOST_PARTS = 8
 _LEAST_BYTES = 4096
@@ -113,8 +109,10 @@ class JsonlRecorder(Sink):
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    if fcntl is None:
+    if sys.platform == "win32":
         return
+    import fcntl
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
