@@ -19,7 +19,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argpar
         description="Prints the stability report of a run from the record that redline.JsonlRecorder wrote, during the "
         "run or after it, whether it ended in order or was killed.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN.jsonl", help="the record's first file; the others are found")
+    parser.add_argument("record", type=Path, metavar="RUN.jsonl", help="the record's first file; the others are found")
     parser.add_argument("--html", type=Path, metavar="FILE.html", help="also draw it, as one page that opens offline")
     return parser
 
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     from redline.integrations.html import report_page
     from redline.integrations.record import read
 
-    record = read(options.run)
+    record = read(options.record)
     rich.print(record.report())
     for note in record.notes:
         rich.print(Text(note, style="yellow"))

@@ -67,8 +67,9 @@ class JsonlRecorder(Sink):
             self._write_snapshot(self._file, snapshot)
 
     def finish(self, snapshot: Snapshot) -> None:
-        """Write what there was since the last line."""
-        self.emit(snapshot)
+        """Write what there was since the last line, if there was anything."""
+        if not line_of(snapshot, self._before).says_nothing:
+            self.emit(snapshot)
 
     def close(self, report: StabilityReport) -> None:
         """Write what only the end tells, and close the file."""

@@ -57,6 +57,11 @@ class Line:
     interventions: tuple[Intervention, ...]
     samples: tuple[FragileSample, ...]
 
+    @property
+    def says_nothing(self) -> bool:
+        """Whether nothing is new."""
+        return not (self.gauges or self.counts or self.absent or self.interventions or self.samples)
+
 
 @dataclass(frozen=True)
 class Closing:

@@ -16,7 +16,7 @@ import redline
 class RecordedRun:
     """A small classifier; ``steps(0, 30)`` takes steps 0 to 29, each of a batch of its own."""
 
-    def __init__(self, lr: float = 0.5, seed: int = 0) -> None:
+    def __init__(self, lr: float = 3.0, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.model: nn.Module = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr, momentum=0.9)
@@ -47,7 +47,7 @@ class RecordedRun:
             self.optimizer.zero_grad()
 
 
-def recorded(path: Path, steps: int = 40, *, every: int = 7, lr: float = 0.5, **more: Any) -> redline.Session:
+def recorded(path: Path, steps: int = 40, *, every: int = 7, lr: float = 3.0, **more: Any) -> redline.Session:
     """A run recorded to a file, and ended."""
     run = RecordedRun(lr)
     with run.attach(redline.JsonlRecorder(path, every), **more) as session:

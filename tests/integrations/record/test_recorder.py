@@ -70,7 +70,7 @@ def test_what_could_not_be_measured_any_more_is_said_to_be_absent(tmp_path: Path
     with run.attach(redline.JsonlRecorder(tmp_path / "run.jsonl", 1), monitors=[Once(1)], controllers=[]):
         run.steps(0, 3)
     lines = contents(tmp_path / "run.jsonl")[1:-1]
-    assert [line.get("absent") for line in lines] == [None, [["redline_ghost_radius", []]], None, None]
+    assert [line.get("absent") for line in lines] == [None, [["redline_ghost_radius", []]], None]
     assert "redline_ghost_radius" not in read(tmp_path / "run.jsonl").snapshot
 
 
@@ -99,10 +99,10 @@ def test_interventions_and_samples_are_recorded(tmp_path: Path):
     record = read(tmp_path / "run.jsonl")
     assert session.interventions
     assert tuple(record.interventions) == session.interventions
-    worst = record.samples[0]
-    highest = max(one.exact_r for one in record.samples)
-    assert worst.exact_r == highest
-    assert 0 <= worst.step < 30
+    highest = record.history.course("redline_normalized_step_size")
+    assert (record.samples[0].step, record.samples[0].r) == (highest.highest_step, pytest.approx(highest.highest))
+    assert 0 <= record.samples[0].sample < 12
+    assert len(record.samples) == 20
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_two_recorders_do_not_write_to_one_file(tmp_path: Path):
         session = run.attach(redline.JsonlRecorder(path, 1), redline.JsonlRecorder(path, 1))
     run.steps(0, 3)
     session.close()
-    assert [line["step"] for line in contents(path)[1:-1]] == [0, 1, 2, 2]
+    assert [line["step"] for line in contents(path)[1:-1]] == [0, 1, 2]
 
 
 def test_a_path_that_cannot_be_written_is_a_warning(tmp_path: Path):
