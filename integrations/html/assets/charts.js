@@ -124,8 +124,8 @@ const redline = {
     u.ctx.lineTo(left + width, at);
     u.ctx.stroke();
     u.ctx.font = `600 ${11 * devicePixelRatio}px system-ui, sans-serif`;
-    u.ctx.textAlign = "right";
-    u.ctx.fillText("redline, 1", left + width - 6 * devicePixelRatio, at - 5 * devicePixelRatio);
+    u.ctx.textAlign = "left";
+    u.ctx.fillText("redline", left + 6 * devicePixelRatio, at - 5 * devicePixelRatio);
     u.ctx.restore();
   },
 

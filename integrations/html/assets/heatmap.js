@@ -46,7 +46,7 @@ redline.heatScale = (quantity) => {
 };
 
 redline.short = (context, name, room) => {
-  let shown = name;
+  let shown = name.replace(/\.weight(?=\[|$)/, "");
   while (shown.length > 4 && context.measureText(shown).width > room) shown = "…" + shown.slice(2);
   return shown;
 };
@@ -72,7 +72,7 @@ redline.heat = (figure, quantity) => {
   const draw = () => {
     const density = devicePixelRatio || 1;
     wide = Math.max(figure.clientWidth - 30, 200);
-    names = wide < 480 ? 96 : 200;
+    names = wide < 480 ? 116 : 200;
     canvas.width = wide * density;
     canvas.height = (many * tall + foot) * density;
     canvas.style.height = many * tall + foot + "px";
