@@ -80,7 +80,10 @@ MAY_IMPORT = {
     "redline.controllers": ({"redline", "redline.numerics"}, {"torch", "numpy"}),
 }
 BESIDES: dict[str, tuple[set[str], set[str]]] = {
-    "redline": ({"redline.monitors", "redline.controllers", "redline.integrations"}, set()),
+    "redline": (
+        {"redline.monitors", "redline.controllers", "redline.integrations", "redline.integrations.record"},
+        set(),
+    ),
     "redline.report_view": (set(), {"rich"}),
     "redline.scaling_view": (set(), {"rich"}),
 }

@@ -52,7 +52,7 @@ def test_the_page_of_two_runs_is_drawn(pages: dict[str, Path]):
 def test_the_page_of_a_run_without_steps_says_so(pages: dict[str, Path]):
     page = opened(pages["empty"])
     check(page, figures=7, canvases=0)
-    assert page.document.count("Not measured in this run.") == 7
+    assert page.document.count('<p class="empty">Not measured in this run.</p>') == 7
 
 
 def test_a_layer_with_markup_in_its_name_is_text(pages: dict[str, Path]):
