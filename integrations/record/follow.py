@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from redline.integrations.record.parts import Part, checked_header, decoded_line, first_header, is_header, parts
@@ -39,7 +39,7 @@ def follow(path: str | Path, *, poll: float = 0.5, live: bool = True) -> Iterato
             return
 
 
-def _follow_part(part: Part, path: Path, state: State, poll: float | None) -> Iterator[Snapshot]:
+def _follow_part(part: Part, path: Path, state: State, poll: float | None) -> Generator[Snapshot, None, bool]:
     """Until the run has ended, which it returns, or until there is a next part; ``poll``: None to end with the file."""
     closed, number, begun = False, 0, b""
     with part.path.open("rb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -63,8 +64,16 @@ class JsonlRecorder(Sink):
 
     def emit(self, snapshot: Snapshot) -> None:
         """Write a line."""
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._write_snapshot(self._file, snapshot)
+        except OSError as error:
+            self._let_go()
+            raise OSError(
+                f"{part_path(self.path, self._part)} cannot be written ({error.strerror or error}). The run goes on, "
+                f"unrecorded from step {snapshot.step} on"
+            ) from error
 
     def finish(self, snapshot: Snapshot) -> None:
         """Write what there was since the last line, if there was anything."""
@@ -73,11 +82,11 @@ class JsonlRecorder(Sink):
 
     def close(self, report: StabilityReport) -> None:
         """Write what only the end tells, and close the file."""
-        file, self._file = self._file, None
-        if file is not None:
-            with file:
-                _write(file, closing_text(report))
-        self._before = None
+        try:
+            if self._file is not None:
+                _write(self._file, closing_text(report))
+        finally:
+            self._let_go()
 
     def _open(self, part: int) -> None:
         path = part_path(self.path, part)
@@ -88,9 +97,15 @@ class JsonlRecorder(Sink):
         except BaseException:
             file.close()
             raise
+        self._let_go()
+        self._file, self._part = file, part
+
+    def _let_go(self) -> None:
+        """Close the file, and let others write to it: its lock is shared with processes that were forked meanwhile."""
         if self._file is not None:
+            _unlock(self._file)
             self._file.close()
-        self._file, self._part, self._before = file, part, None
+        self._file = self._before = None
 
     def _write_snapshot(self, file: BinaryIO, snapshot: Snapshot) -> None:
         text = line_text(line_of(snapshot, self._before))
@@ -123,6 +138,14 @@ def _lock(file: BinaryIO, path: Path) -> None:
         ) from error
     except OSError:
         pass  # a file system without locks
+
+
+def _unlock(file: BinaryIO) -> None:
+    if sys.platform != "win32":
+        import fcntl
+
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _end_line(file: BinaryIO, path: Path) -> None:

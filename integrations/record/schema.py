@@ -173,9 +173,9 @@ def decoded(text: bytes) -> Header | Line | Closing:
 
 
 def _header(content: Mapping[str, Any]) -> Header:
-    run = content["run"]
-    world_size = int(run["world_size"])
-    named = RunInfo(*(str(run[name]) for name in ("run", "version", "precision", "strategy")), world_size=world_size)
+    said = content["run"]
+    run, version, precision, strategy = (str(said[name]) for name in ("run", "version", "precision", "strategy"))
+    named = RunInfo(run, version, precision, strategy, int(said["world_size"]))
     return Header(named, int(content["first_step"]), int(content["part"]), bool(content["goes_on"]))
 
 

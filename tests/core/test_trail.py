@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from recorded_runs import RecordedRun
+from runs import HostReads
 
 import redline
 from redline import Series, Snapshot
@@ -107,6 +108,15 @@ def test_leading_samples_come_in_the_order_of_the_margins(r: list[float], exact:
     assert [(one.sample, str(one.r), one.exact_r) for one in told] == [
         (one.sample, str(one.r), one.exact_r) for one in margins.most_fragile(3)
     ]
+
+
+def test_choosing_the_samples_makes_nobody_wait():
+    margins = StepMargins(
+        3, torch.arange(40), torch.rand(40), torch.rand(40).masked_fill(torch.arange(40) < 9, torch.nan)
+    )
+    with HostReads() as reads:
+        margins.leading()
+    assert reads.seen == []
 
 
 def test_a_session_without_sinks_keeps_nothing(run: RecordedRun):

@@ -200,6 +200,17 @@ def test_two_recorders_do_not_write_to_one_file(tmp_path: Path):
     assert [line["step"] for line in contents(path)[1:-1]] == [0, 1, 2]
 
 
+def test_a_file_is_free_again_once_its_session_has_ended(tmp_path: Path):
+    """Workers of a data loader, forked while it was open, keep it open for longer."""
+    path, recorder, run = tmp_path / "run.jsonl", redline.JsonlRecorder(tmp_path / "run.jsonl", 1), RecordedRun()
+    with run.attach(recorder):
+        run.steps(0, 2)
+        shared = os.dup(recorder._file.fileno())
+    recorded(path, 3)
+    os.close(shared)
+    assert read(path).snapshot.step == 2
+
+
 def test_a_path_that_cannot_be_written_is_a_warning(tmp_path: Path):
     (tmp_path / "file").write_text("")
     run = RecordedRun()
@@ -215,7 +226,7 @@ def test_a_full_disk_is_a_warning(tmp_path: Path):
     (tmp_path / "run.jsonl").symlink_to("/dev/full")
     run = RecordedRun()
     run.attach(redline.JsonlRecorder(tmp_path / "run.jsonl", 1))
-    with pytest.warns(RedlineWarning, match="switched off: OSError: .*No space left on device"):
+    with pytest.warns(RedlineWarning, match="switched off: OSError: .*No space left on device.*unrecorded from step 0"):
         run.steps(0, 3)
     run.session.close()
     assert run.session.latest.value("redline_steps_total") == 3
