@@ -148,6 +148,20 @@ def test_a_resumed_session_says_where_it_began(run: RecordedRun):
     assert all(one.step >= 10 for snapshot in sink.snapshots for one in snapshot.since.interventions)
 
 
+def test_what_came_before_another_state_was_loaded_is_none_of_its_run(run: RecordedRun):
+    with run.attach() as session:
+        run.steps(0, 10)
+        state = session.state_dict()
+    sink = Keeping(lambda step: step == 11)
+    with run.attach(sink) as session:
+        run.steps(0, 3)
+        session.load_state_dict(state)
+        run.steps(10, 12)
+    assert sink.steps_of(LOSS) == [10, 11]
+    assert {one.step for one in sink.snapshots[0].since.interventions} <= {10, 11}
+    assert {one.step for one in sink.snapshots[0].since.samples} == {10, 11}
+
+
 def test_a_trail_keeps_so_many_and_counts_all():
     trail: Trail[int] = Trail(4)
     trail.extend(range(10))
