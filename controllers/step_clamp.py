@@ -127,7 +127,7 @@ class StepClamp(RadiusController):
         if self._since == 1:
             self._interval = min(2 * self._interval, self.stale_after) if 0 < r < wary else 1
         quiet = not heard or heard[0] <= _LOUDER * heard[1]
-        return self._since < min(self._interval, self.stale_after) and r > 0 and r * grown < wary and quiet
+        return self._since < min(self._interval, self.stale_after) and r * grown < wary and quiet
 
     def size(self, tangent: StepTangent) -> Tensor:
         """``r`` by the radius asked for, 0-d; by the exact one only where the bound does not clear the step."""
