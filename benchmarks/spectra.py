@@ -232,7 +232,7 @@ def measure(page: Page, options: argparse.Namespace) -> None:
         "be warm; on each every method in turn, svdvals on the last one alone; nothing trimmed.",
         "Errors are relative, against eigenvalues of the Gram matrix in float64, over all matrices and snapshots. A "
         "pass is a product with a matrix and one with its transpose, by a vector or a block of vectors. Redline and "
-        "svds stop at a tolerance of 1e-4. Extra memory is the most that torch allocates in a call, its result included.",
+        "svds stop at a tolerance of 1e-4. Extra memory is the most that torch allocates in a call, with its result.",
     )  # fmt: skip
     compared = {kind: Comparison(options.device, options.only) for kind in ("Weights", "Updates")}
     for snapshot in range(options.repeats + 1):

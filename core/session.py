@@ -142,7 +142,9 @@ class Session:
         self._margins: StepMargins | None = None
 
         self._capture = ForwardCapture(model, module, self.before_forward, lambda: self._at_work_for(Need.TANGENT))
-        self._probe = TangentProbe(self._capture, logits, batch_dim, self._notes, around_replay)
+        self._probe = TangentProbe(
+            self._capture, logits, batch_dim, self._notes, around_replay, self._control.sub_samples
+        )
         self._hooks = [OptimizerHooks(optimizer, self) for optimizer in self._optimizers]
         self._delivery = Delivery(self._readings, self._control.log, named_sinks, run, self._notes)
         self._arm()
@@ -368,6 +370,7 @@ class Session:
         step = self._step
         assert step is not None
         step.loss, self._loss = self._loss, None
+        step.update_changed()  # what was measured ahead of the update is of other weights
         step.gradient_norm = joint_norm([norm for one, norm in self._gradient_norms.items() if one in self._stepped])
         try:
             try:

@@ -10,7 +10,7 @@ import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 TINY = {
-    "spectra": {"repeats": 1, "apart": 1, "layers": 1, "width": 96},
+    "spectra": {"repeats": 1, "apart": 1, "layers": 1, "width": 192},
     "overhead": {"pairs": 2, "large": 1, "width": 64, "layers": 1, "batch": 4},
     "growth": {"widths": [32, 64], "layers": [1, 2], "width": 32, "pairs": 1, "repeats": 1, "batch": 2},
     "controllers": {"repeats": 1, "steps": 1, "batch": 4, "warmup": 3},

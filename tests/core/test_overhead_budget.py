@@ -140,9 +140,9 @@ class Slow(redline.Controller):
 class Run:
     """A step of training takes 1 second."""
 
-    def __init__(self, clock: Clock, controllers: Sequence[redline.Controller] = ()) -> None:
+    def __init__(self, clock: Clock, controllers: Sequence[redline.Controller] = (), batch: int = 5) -> None:
         torch.manual_seed(0)
-        self.clock, self.controllers = clock, controllers
+        self.clock, self.controllers, self.batch = clock, controllers, batch
         self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.5)
 
@@ -159,8 +159,8 @@ class Run:
 
     def steps(self, count: int, seconds: float = 1.0) -> None:
         for seed in range(count):
-            x = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
-            loss = nn.functional.cross_entropy(self.model(x), torch.arange(5) % 3)
+            x = torch.randn(self.batch, 3, generator=torch.Generator().manual_seed(seed))
+            loss = nn.functional.cross_entropy(self.model(x), torch.arange(self.batch) % 3)
             self.clock.now += seconds
             loss.backward()
             self.optimizer.step()
@@ -304,10 +304,10 @@ def test_the_run_is_the_same_with_any_budget(budget: float | None, costs: list[f
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("redline.session.OwnTime", lambda device: OwnTime(device, clock))
             controller = Slow(clock, 1.0)
-            run = Run(clock, [controller, redline.StepClamp(0.3)])
+            run = Run(clock, [controller, redline.StepClamp(0.03, max_samples=8, remember=3)], batch=64)
             monitors = [
                 Costing(clock, lambda step: costs[step % len(costs)], every, Need.TANGENT),
-                redline.GhostRadius(1),
+                redline.GhostRadius(1, max_samples=8, remember=3),
                 redline.WeightSpectrum(every),
                 redline.StepHealth(1),
             ]
