@@ -28,6 +28,7 @@ _MOST_ITERATIONS = 24  # 48 products: what a cold start on a flat spectrum takes
 _UNWATCHED_ITERATIONS = {"cold": 16, "warm": 6}  # where asking for convergence would wait for the device
 _FRESH = 2  # random vectors in the block
 _LEADING = 8  # Ritz vectors that the stopping rule takes together at most
+_MARGIN = 0.5  # of the tolerance is asked for: the bound that tells it rests on an estimate
 _TILE = 1 << 20  # elements of a low-precision matrix that are converted at a time
 
 
@@ -287,6 +288,6 @@ def _has_settled(theta: Tensor, residuals: Tensor, tolerance: float) -> bool:
         gap = top - ceilings[k]
         if gap > 0:
             bound = torch.linalg.eigvalsh(theta[:k].diag() + overlap[:k, :k] / gap)[-1]
-            if bound - top < 2 * tolerance * top:
+            if bound - top < _MARGIN * 2 * tolerance * top:
                 return True
     return False
