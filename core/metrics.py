@@ -117,6 +117,9 @@ OVERHEAD_RATIO = _define("overhead_ratio", "gauge", "1", "Time spent in Redline 
 MONITORING_RATIO = _define(
     "monitoring_ratio", "gauge", "1", "Time spent in Redline, but for its controllers / time of training."
 )
+OVERHEAD_BUDGET_RATIO = _define(
+    "overhead_budget_ratio", "gauge", "1", "Share of training time that monitoring may take; absent without a budget."
+)
 LAST_STEP_TIMESTAMP = _define(
     "last_step_timestamp_seconds", "gauge", "seconds", "Unix time at which the last optimizer step ended."
 )
