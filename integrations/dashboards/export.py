@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from redline.errors import ConfigurationError
@@ -14,6 +12,7 @@ from redline.errors import ConfigurationError
 DEFAULT_TARGET = "127.0.0.1:9108"
 """Where ``PrometheusExporter`` serves unless told otherwise."""
 
+_CARRIED = Path(__file__).with_name("files")
 _TARGET = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
 
 
@@ -33,15 +32,15 @@ def export(folder: str | Path, targets: Sequence[str] = (DEFAULT_TARGET,)) -> li
     contents = _contents(_checked(targets))
     root = Path(folder)
     try:
-        differing = [path for path, text in contents.items() if _differs(root / path, text)]
+        differing = [path for path, content in contents.items() if _differs(root / path, content)]
         if differing:
             raise ConfigurationError(
                 f"got {root}, where {', '.join(map(str, differing))} is there already and differs; expected a folder "
                 "without. Nothing was written: pass another folder, or move what is there out of the way."
             )
-        for path, text in contents.items():
+        for path, content in contents.items():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).write_text(text, encoding="utf-8")
+            (root / path).write_bytes(content)
     except OSError as error:
         raise ConfigurationError(
             f"got {root}, where {error.filename or 'a file'} cannot be written ({error.strerror}); expected a folder "
@@ -63,26 +62,14 @@ def _checked(targets: Sequence[str]) -> Sequence[str]:
     return targets
 
 
-def _contents(targets: Sequence[str]) -> dict[Path, str]:
-    """Text of each file by its path, the targets filled in."""
-    carried = dict(_walk(files(__package__) / "files", Path()))
+def _contents(targets: Sequence[str]) -> dict[Path, bytes]:
+    """Content of each file by its path, the targets filled in."""
+    carried = {path.relative_to(_CARRIED): path.read_bytes() for path in sorted(_CARRIED.rglob("*")) if path.is_file()}
     configuration = Path("prometheus", "prometheus.yml")
-    carried[configuration] = carried[configuration].replace(f'"{DEFAULT_TARGET}"', json.dumps(list(targets))[1:-1])
+    scraped = json.dumps(list(targets))[1:-1]
+    carried[configuration] = carried[configuration].replace(f'"{DEFAULT_TARGET}"'.encode(), scraped.encode())
     return carried
 
 
-def _walk(folder: Traversable, at: Path) -> list[tuple[Path, str]]:
-    found: list[tuple[Path, str]] = []
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if entry.is_dir():
-            found += _walk(entry, at / entry.name)
-        else:
-            found.append((at / entry.name, entry.read_text(encoding="utf-8")))
-    return found
-
-
-def _differs(path: Path, text: str) -> bool:
-    try:
-        return path.read_bytes() != text.encode()
-    except FileNotFoundError:
-        return False
+def _differs(path: Path, content: bytes) -> bool:
+    return path.exists() and path.read_bytes() != content
