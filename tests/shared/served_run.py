@@ -1,6 +1,6 @@
 """A run to be scraped, in a process of its own: ``python served_run.py PORT NAME SECONDS``.
 
-A small transformer whose rate is far too high, held by a clamp; one batch in 100 is not finite, and withheld. When the
+A small transformer whose rate is far too high, held by a clamp; one batch in 50 is not finite, and withheld. When the
 time is up it stops stepping and is served until its input ends.
 """
 
@@ -20,15 +20,15 @@ def train(port: int, name: str, seconds: float) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = DigitsTransformer(width=16, layers=2, heads=2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2.0, weight_decay=0.1)
     session = redline.attach(
         model,
         optimizer,
         monitors=[
-            redline.WeightSpectrum(every=5),
-            redline.UpdateSpectrum(every=5),
-            redline.GhostRadius(every=5, exact=True),
-            redline.LayerRadii(every=5),
+            redline.WeightSpectrum(every=20),
+            redline.UpdateSpectrum(every=20),
+            redline.GhostRadius(every=20, exact=True),
+            redline.LayerRadii(every=20),
             redline.StepHealth(),
         ],
         controllers=[redline.NonFiniteGuard(), redline.StepClamp()],
@@ -40,7 +40,7 @@ def train(port: int, name: str, seconds: float) -> None:
     with session:
         while time.monotonic() < until:
             inputs, labels = torch.rand(32, 64), torch.randint(0, 10, (32,))
-            if step % 100 == 99:
+            if step % 50 == 49:
                 inputs[0, 0] = torch.nan
             loss = F.cross_entropy(model(inputs), labels)
             session.observe(loss=loss)

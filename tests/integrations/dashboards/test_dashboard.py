@@ -65,7 +65,7 @@ def test_a_panel_asks_the_data_source_that_is_chosen(panel: dict[str, Any]):
 @of_every_panel
 def test_a_panel_says_what_it_shows(panel: dict[str, Any]):
     assert panel["title"]
-    assert panel["description"].endswith(".")
+    assert panel["description"].endswith((".", "?"))
 
 
 @of_every_panel

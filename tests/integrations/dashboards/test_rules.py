@@ -78,7 +78,7 @@ def test_promtool_sees_a_rule_that_does_something_else(tmp_path: Path, name: str
         (tmp_path / file.name).write_text(re.sub(r"- \S*/(\w+\.yml)", r"- \1", file.read_text()))
     done = promtool("test", "rules", "recording.test.yml", "alerts.test.yml", where=tmp_path)
     assert done.returncode == 1
-    assert "FAILED" in done.stdout
+    assert "FAILED" in done.stderr
 
 
 def test_every_rule_is_in_a_unit_test_and_every_alert_both_fires_and_is_silent():
