@@ -143,10 +143,10 @@ def measure(page: Page, name: str, run: Run, options: argparse.Namespace) -> Non
 def run(page: Page, options: argparse.Namespace) -> None:
     page.text(
         f"ByteLM in training, batch {options.batch} x 64 bytes, AdamW, {options.device}; series of made-up layers, "
-        f"measured and served anew every 10 steps. Per number of series {options.rounds} rounds, each {options.seconds} s "
-        f"without scrapes, {options.seconds} s with one every second and {options.seconds} s with one at their start, in "
-        "turn. Seconds a step over those without scrapes in the same round: median, and min – max over rounds. A scrape "
-        "takes what another process waits for the page; alone: while nothing is trained. Nothing trimmed."
+        f"measured and served anew every 10 steps. Per number of series {options.rounds} rounds; in each, in turn, "
+        f"{options.seconds} s without scrapes, as many with one every second and as many with one at their start. Time of "
+        "a step over that without scrapes in the same round: median, and min – max over rounds. A scrape takes what "
+        "another process waits for the page; alone: while nothing is trained. Nothing trimmed."
     )
     page.table(
         "case", "series on the page", "page", "a scrape alone: median", "min – max", "a scrape in training: median",
