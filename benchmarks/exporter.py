@@ -144,8 +144,8 @@ def run(page: Page, options: argparse.Namespace) -> None:
     page.text(
         f"ByteLM in training, batch {options.batch} x 64 bytes, AdamW, {options.device}; series of made-up layers, "
         f"measured and served anew every 10 steps. Per number of series {options.rounds} rounds; in each, in turn, "
-        f"{options.seconds} s without scrapes, as many with one every second and as many with one at their start. Time of "
-        "a step over that without scrapes in the same round: median, and min – max over rounds. A scrape takes what "
+        f"{options.seconds} s without scrapes, as many with one every second and as many with one at their start. Time "
+        "of a step over that without scrapes in the same round: median, and min – max over rounds. A scrape takes what "
         "another process waits for the page; alone: while nothing is trained. Nothing trimmed."
     )
     page.table(

@@ -123,9 +123,9 @@ def _without_index(part: str) -> str:
 def _last(name: Sequence[str], parts: int) -> str:
     """The last parts of a name that are no index, and the indices after the first of them."""
     named = [place for place, part in enumerate(name) if part != "*"]
-    if parts >= len(named):
-        return ".".join(name)
-    return ".".join(name[named[-parts] :]) if parts else "*"
+    if parts == 0:
+        return "*"
+    return ".".join(name if parts >= len(named) else name[named[-parts] :])
 
 
 def _pairs(layers: Mapping[str, Mapping[str, float]], kinds: Mapping[str, str]) -> int:

@@ -252,6 +252,8 @@ class DeepLoop(Loop):
     def __init__(self, *sinks: redline.Sink) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(6, 6), *(nn.Linear(6, 6) for _ in range(58)), nn.Linear(6, 3))
+        for layer in self.model:
+            nn.init.orthogonal_(layer.weight)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         monitors = [redline.WeightSpectrum(every=1), redline.UpdateSpectrum(every=1), redline.StepHealth()]
         self.session = redline.attach(self.model, self.optimizer, sinks=sinks, monitors=monitors)
