@@ -1,13 +1,11 @@
 """Redline from a configuration file: LightningCLI builds the callback, its monitors, controllers and sinks.
 
-    pip install "jsonargparse[signatures]"
-    python examples/lightning_cli.py fit                          # 300 steps, as lightning_cli.yaml says
-    python examples/lightning_cli.py fit --trainer.max_steps 20   # a quick look
+    pip install -c constraints.txt "jsonargparse[signatures]"
+    python examples/lightning_cli.py fit --config examples/lightning_cli.yaml
+    python examples/lightning_cli.py fit --config examples/lightning_cli.yaml --trainer.max_steps 20   # a quick look
 
-Nothing here knows of Redline; see lightning_cli.yaml, beside this file, for all that does.
+Nothing here knows of Redline; all that does is in lightning_cli.yaml, beside this file.
 """
-
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +37,4 @@ class Digits(LightningModule):
 
 
 if __name__ == "__main__":
-    settings = Path(__file__).with_suffix(".yaml")
-    LightningCLI(
-        Digits,
-        parser_kwargs={"default_config_files": [str(settings)]},
-        save_config_callback=None,  # or else a second run would refuse to write over the first one's settings
-    )
+    LightningCLI(Digits, save_config_callback=None)  # saved settings would stand in the way of a second run

@@ -12,7 +12,7 @@ SHORT = {
     "plain_loop.py": ["--steps", "20", "--port", "0"],
     "lightning_digits.py": ["--steps", "20"],
     "custom_sink.py": [],
-    "lightning_cli.py": ["fit", "--trainer.max_steps=20"],
+    "lightning_cli.py": ["fit", f"--config={EXAMPLES / 'lightning_cli.yaml'}", "--trainer.max_steps=20"],
     "bad_batches.py": ["--quick"],
     "radius_lr.py": ["--quick"],
     "width_transfer.py": ["--quick"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,13 +28,19 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
+
+@pytest.fixture(autouse=True)
+def no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI warns where it is given arguments and finds those of the tests besides."""
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+
+
 PLACES = {redline.Monitor: "monitors", redline.Controller: "controllers", redline.Sink: "sinks"}
 PLUGINS = [
     kind
     for kind in (getattr(redline, name) for name in redline.__all__)
     if isinstance(kind, type) and issubclass(kind, tuple(PLACES)) and kind not in PLACES
 ]
-LISTS_IN_YAML = (tuple,)
 
 
 class Small(pl.LightningModule):
@@ -53,14 +60,9 @@ class Small(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
-def first_logits(output: Any) -> Any:
-    """What a model that gives more than logits would be told."""
+def whole_output(output: Any) -> Any:
+    """Where the logits are, in words that YAML can name."""
     return output
-
-
-def odd(step: int) -> bool:
-    """A schedule of one's own."""
-    return step % 2 == 1
 
 
 def settings(folder: Path, **callback: Any) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def test_every_monitor_controller_and_sink_can_be_built(kind: type, arguments: s
     if arguments == "all, by name":
         defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
         entry["init_args"] = {
-            name: list(default) if isinstance(default, LISTS_IN_YAML) else default for name, default in defaults.items()
+            name: list(default) if isinstance(default, tuple) else default for name, default in defaults.items()
         }
     cli = command_line(tmp_path / "run.yaml", settings(tmp_path, **{place: [entry]}))
     (built,) = plugins_of(callback_of(cli))[place]
@@ -122,7 +124,7 @@ def test_a_whole_tree_of_objects_with_arguments(tmp_path: Path):
             module="net",
             batch_dim=0,
             overhead_budget=0.02,
-            logits=f"{__name__}.first_logits" if __name__ in sys.modules else None,
+            logits=f"{__name__}.whole_output",
             monitors=[
                 {"class_path": "redline.GhostRadius", "init_args": {"every": 3, "max_samples": None, "exact": True}},
                 {
@@ -131,7 +133,7 @@ def test_a_whole_tree_of_objects_with_arguments(tmp_path: Path):
                 },
             ],
             controllers=[
-                {"class_path": "redline.StepClamp", "init_args": {"max_r": 0.5, "radius": "exact", "reduction": 0.9}},
+                {"class_path": "redline.StepClamp", "init_args": {"max_r": 0.5, "stale_after": 1, "reduction": 0.9}},
                 {"class_path": "redline.WeightDecayControl", "init_args": {"target": reference, "bounds": [0.0, 1.0]}},
                 {"class_path": "redline.RadiusLR", "init_args": {"max_growth": None}},
             ],
@@ -141,12 +143,13 @@ def test_a_whole_tree_of_objects_with_arguments(tmp_path: Path):
             ],
         ),
     )
+    assert callback_of(cli)._arguments["logits"] is whole_output
     built = plugins_of(callback_of(cli))
     radius, spectrum = built["monitors"]
     assert (radius.max_samples, [step for step in range(7) if radius.due(step)]) == (None, [0, 3, 6])
     assert spectrum.due == Every(7)
     clamp, decay, rate = built["controllers"]
-    assert (clamp.max_r, clamp.radius, clamp.reduction) == (0.5, "exact", 0.9)
+    assert (clamp.max_r, clamp.radius, clamp.reduction, clamp.stale_after) == (0.5, "bound", 0.9, 1)
     assert dict(decay.target) == reference
     assert rate.max_growth is None
     textfile, exporter = built["sinks"]
@@ -192,12 +195,11 @@ def test_a_fit_from_yaml_measures_controls_shows_and_runs_again_from_the_setting
 def test_what_cannot_be_built_says_why(entry: dict[str, Any], message: str, tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings(tmp_path, sinks=[entry])))
-    code = f"from lightning.pytorch.cli import LightningCLI; LightningCLI(args=['--config={path}'], run=False)"
-    code = (
-        f"import lightning.pytorch.demos.boring_classes as demos; {code.replace('(args', '(demos.BoringModel, args')}"
-    )
+    code = f"""
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+LightningCLI(BoringModel, args=["--config={path}"], run=False)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode != 0
-    import re
-
     assert re.search(message, done.stderr), done.stderr
