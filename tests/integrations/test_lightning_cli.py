@@ -134,7 +134,7 @@ def test_a_whole_tree_of_objects_with_arguments(tmp_path: Path):
             ],
             controllers=[
                 {"class_path": "redline.StepClamp", "init_args": {"max_r": 0.5, "stale_after": 1, "reduction": 0.9}},
-                {"class_path": "redline.WeightDecayControl", "init_args": {"target": reference, "bounds": [0.0, 1.0]}},
+                {"class_path": "redline.WeightDecayControl", "init_args": {"target": reference, "bounds": [0.0, 1]}},
                 {"class_path": "redline.RadiusLR", "init_args": {"max_growth": None}},
             ],
             sinks=[
@@ -149,8 +149,8 @@ def test_a_whole_tree_of_objects_with_arguments(tmp_path: Path):
     assert (radius.max_samples, [step for step in range(7) if radius.due(step)]) == (None, [0, 3, 6])
     assert spectrum.due == Every(7)
     clamp, decay, rate = built["controllers"]
-    assert (clamp.max_r, clamp.radius, clamp.reduction, clamp.stale_after) == (0.5, "bound", 0.9, 1)
-    assert dict(decay.target) == reference
+    assert (clamp.max_r, clamp.radius, clamp.stale_after) == (0.5, "bound", 1)
+    assert (dict(decay.target), decay.bounds) == (reference, (0.0, 1.0))
     assert rate.max_growth is None
     textfile, exporter = built["sinks"]
     assert textfile.path == tmp_path / "run.prom"
