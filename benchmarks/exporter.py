@@ -161,7 +161,8 @@ def run(page: Page, options: argparse.Namespace) -> None:
     )
     page.table(
         "case", "series on the page", "page", "a scrape alone: median", "min – max", "CPU time of it",
-        "a scrape in training: median", "min – max", "a step without scrapes", "scraped every second", f"scraped every {options.seconds} s",
+        "a scrape in training: median", "min – max", "a step without scrapes", "scraped every second",
+        f"scraped every {options.seconds} s",
     )  # fmt: skip
     for series in options.series:
         if options.only in (name := f"{series:,} series"):
