@@ -19,7 +19,7 @@ Query: TypeAlias = "tuple[str, str]"
 """An expression, and what its series are called."""
 
 
-def chosen(metric: str, **labels: str) -> str:
+def chosen(metric: str, /, **labels: str) -> str:
     """The metric's series of the instances that are chosen above the dashboard; labels are matched by regex."""
     matchers = {"instance": "$instance", **labels}
     return metric + "{" + ", ".join(f'{name}=~"{value}"' for name, value in matchers.items()) + "}"
@@ -42,6 +42,11 @@ def highest(metric: str, count: int, *, lowest: bool = False) -> str:
         f"{over} by (layer) ({series})\nand on (layer)\n"
         f"{k}({count}, {over} by (layer) ({of_runs(ranked)}))"
     )  # fmt: skip
+
+
+def folded(metric: str) -> str:
+    """One value a kind of layer: the highest of those that the exporter folded, to keep to its budget of series."""
+    return f"max by (kind) ({of_runs(chosen('redline_folded_max', metric=metric))})"
 
 
 def steps(*limits: tuple[float | None, str]) -> dashboard.ThresholdsConfig:
@@ -127,7 +132,7 @@ def bars(title: str, queries: list[Query], about: str, *, width: int, unit: str 
 
 
 def layers(title: str, metric: str, about: str) -> Any:
-    """A heat map: a row a layer, a column a moment; of very many layers, the forty that were highest."""
+    """A heat map: a row a layer, a column a moment; of very many, the forty that were highest."""
     panel = (
         heatmap.Panel()
         .title(title)
@@ -153,7 +158,9 @@ def layers(title: str, metric: str, about: str) -> Any:
         .show_color_scale(True)
         .show_legend()
     )
-    return _with_queries(panel, [(highest(metric, 40), "{{layer}}")])
+    return _with_queries(
+        panel, [(highest(metric, 40), "{{layer}}"), (folded(metric), "{{kind}} (highest of the rest)")]
+    )
 
 
 def rows(title: str, query: str, about: str, *, width: int, hidden: tuple[str, ...]) -> Any:

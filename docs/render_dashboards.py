@@ -145,13 +145,13 @@ def layer_maps() -> list[Any]:
             "σ₁(ΔW)/σ₁(W): how hard each layer is pushed",
             metrics.UPDATE_TO_WEIGHT_RATIO.name,
             "Spectral norm of the update over that of the weights. Of more than forty layers, those highest in the "
-            "time shown; of several runs, the highest value.",
+            "time shown; of several runs, the highest value. What the exporter folded is a row a kind of layer.",
         ),
         layers(
             "σ₁(W): how strong each layer is",
             metrics.WEIGHT_SPECTRAL_NORM.name,
             "Top singular value of each weight matrix. Of more than forty layers, those highest in the time shown; of "
-            "several runs, the highest value.",
+            "several runs, the highest value. What the exporter folded is a row a kind of layer.",
         ),
         lines(
             "σ₁(W) of the ten strongest layers",

@@ -1,7 +1,7 @@
 """A run to be scraped, in a process of its own: ``python served_run.py PORT NAME SECONDS``.
 
-A small transformer whose rate is far too high, held by a clamp; one batch in 50 is not finite, and withheld. When the
-time is up it stops stepping and is served until its input ends.
+A small transformer whose rate is far too high, held by a clamp; one batch in 50 is not finite, and withheld. Some
+layers are folded. When the time is up it stops stepping and is served until its input ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def train(port: int, name: str, seconds: float) -> None:
             redline.StepHealth(),
         ],
         controllers=[redline.NonFiniteGuard(), redline.StepClamp()],
-        sinks=[redline.PrometheusExporter(port=port, every=1)],
+        sinks=[redline.PrometheusExporter(port=port, every=1, max_series=115)],
         run=name,
         overhead_budget=0.9,
     )

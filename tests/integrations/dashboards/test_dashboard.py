@@ -154,7 +154,10 @@ def test_layers_are_a_heat_map_of_rows_not_of_counts():
     assert len(maps) == 2
     for panel in maps:
         assert panel["options"]["calculate"] is False
-        assert panel["targets"][0]["legendFormat"] == "{{layer}}"
+        single, rest = panel["targets"]
+        assert single["legendFormat"] == "{{layer}}"
+        assert "redline_folded_max" in rest["expr"]
+        assert rest["legendFormat"].startswith("{{kind}}")
 
 
 def test_variables_are_filled_in_as_grafana_does():

@@ -25,8 +25,8 @@ from redline.integrations.dashboards import export
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNNER = ROOT / "tests" / "shared" / "served_run.py"
-OPTIONAL = re.compile(r"exact|binding|committed|step_scale|interventions|budget")
-"""What the demo, which has neither controllers nor a budget and measures by the bound alone, does not show."""
+OPTIONAL = re.compile(r"exact|binding|committed|step_scale|interventions|budget|folded")
+"""What the demo, which has few layers, neither controllers nor a budget, and measures by the bound alone, does not show."""
 
 
 def commands() -> list[str]:
