@@ -66,7 +66,7 @@ def overview() -> list[Any]:
             "Steps that a controller changed, since the run began.",
             decimals=0,
             colors=steps((None, "green"), (1, "yellow")),
-        ),
+        ).no_value("none"),
         number(
             "Not finite",
             f"sum by (run) ({_now(metrics.NONFINITE)})",

@@ -26,7 +26,7 @@ from redline.integrations.dashboards import export
 ROOT = Path(__file__).resolve().parents[3]
 RUNNER = ROOT / "tests" / "shared" / "served_run.py"
 OPTIONAL = re.compile(r"exact|binding|committed|step_scale|interventions|budget|folded")
-"""What the demo, which has few layers, neither controllers nor a budget, and measures by the bound alone, does not show."""
+"""What the demo does not show: it has few layers, no controllers and no budget, and measures by the bound alone."""
 
 
 def commands() -> list[str]:
