@@ -106,7 +106,7 @@ def test_a_panel_has_data(proof: Proof, query: PanelQuery):
     found = proof.ask(query.expression)
     assert sum(map(finite, found)) > 0, "no data"
     if "by (layer)" in query.expression:
-        assert len({series["metric"]["layer"] for series in found}) == len(found) > 3
+        assert len({series["metric"]["layer"] for series in found}) == len(found) > 2
     elif "by (kind)" in query.expression:
         assert len({series["metric"]["kind"] for series in found}) == len(found) > 0
     elif not query.expression.startswith("count(ALERTS"):
@@ -185,8 +185,15 @@ def test_prometheus_has_exactly_what_is_served(proof: Proof):
         for family in text_string_to_metric_families(served(proof.target))
         for sample in family.samples
     }
-    assert len(by_run) > 100
-    eventually(lambda: stored(proof.server) == by_run, "the last scrape is the last snapshot", 10 * SCRAPE + 5)
+    assert len(by_run) > 80
+
+    def same() -> bool:
+        by_server = stored(proof.server)
+        differing = {key for key in by_run.keys() | by_server.keys() if by_run.get(key) != by_server.get(key)}
+        assert not differing, {key: (by_run.get(key), by_server.get(key)) for key in sorted(differing)}
+        return True
+
+    eventually(same, "the last scrape is the last snapshot", 10 * SCRAPE + 5)
 
 
 def test_promtool_has_no_complaint_about_what_is_served(proof: Proof):
