@@ -23,6 +23,7 @@ from redline.errors import ConfigurationError, ControllerError, RedlineWarning, 
 from redline.integrations.attach import attach
 from redline.integrations.console import ConsoleReport
 from redline.integrations.prometheus import PrometheusExporter
+from redline.integrations.textfile import TextfileSink
 from redline.interventions import Intervention
 from redline.metrics import METRICS, Metric
 from redline.monitor import Monitor, Need
@@ -72,6 +73,7 @@ __all__ = [
     "StepHealth",
     "StepStart",
     "Stop",
+    "TextfileSink",
     "UpdateClamp",
     "UpdateSpectrum",
     "WeightDecayControl",

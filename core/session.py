@@ -123,6 +123,8 @@ class Session:
         self._control.begin(self._layers, self._names.held_by, self._notes)
         self._time = OwnTime(next((parameter.device for parameter in self._model.parameters()), None))
         self._budget = OverheadBudget(budget)
+        if budget is not None:
+            self._readings.gauge(metrics.OVERHEAD_BUDGET_RATIO, budget)
         self._monitors_due, self._sinks_due = Agenda(self._notes), Agenda(self._notes)
         self._closed = False
         for name, _ in self._monitors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from redline.integrations.commands import demo
+from redline.integrations.commands import dashboards, demo
 
-COMMANDS: tuple[ModuleType, ...] = (demo,)
+COMMANDS: tuple[ModuleType, ...] = (demo, dashboards)
 """In the order in which ``redline --help`` lists them."""

@@ -12,6 +12,7 @@ import inspect
 import io
 import pickle
 import random
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,7 +52,11 @@ def exported(base: type) -> list[type]:
 
 MONITORS, SINKS = exported(Monitor), exported(Sink)
 CONTROLLERS = [*exported(Controller), HalvingDouble]
-ARGUMENTS: dict[str, dict[str, Any]] = {"PrometheusExporter": {"port": 0}}  # a port that two can have at once
+_FOLDER = tempfile.TemporaryDirectory()
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "PrometheusExporter": {"port": 0},  # a port that two can have at once
+    "TextfileSink": {"path": f"{_FOLDER.name}/run.prom"},
+}
 
 of_every_monitor = pytest.mark.parametrize("kind", MONITORS)
 of_every_sink = pytest.mark.parametrize("kind", SINKS)
@@ -138,7 +143,7 @@ def everything(run: Run) -> dict[str, Any]:
 
 def test_there_is_something_to_test() -> None:
     assert {kind.__name__ for kind in MONITORS} >= {"GhostRadius", "StepHealth", "UpdateSpectrum", "WeightSpectrum"}
-    assert {kind.__name__ for kind in SINKS} >= {"ConsoleReport", "PrometheusExporter"}
+    assert {kind.__name__ for kind in SINKS} >= {"ConsoleReport", "PrometheusExporter", "TextfileSink"}
     assert {type(monitor) for monitor in redline.default_monitors()} <= set(MONITORS)
 
 

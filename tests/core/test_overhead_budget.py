@@ -188,6 +188,23 @@ def test_without_a_budget_schedules_are_kept(clock: Clock) -> None:
     assert session.latest.series("redline_put_off_total") == {("Costing",): 0}
 
 
+def test_the_budget_is_a_reading_from_the_start_and_absent_without_one(clock: Clock) -> None:
+    sink = Keeping(clock)
+    with Run(clock).attach(budget=0.125, sinks=[sink]) as given:
+        assert given.latest.value("redline_overhead_budget_ratio") == 0.125
+        state = given.state_dict()
+    with Run(clock).attach(budget=None) as without:
+        assert "redline_overhead_budget_ratio" not in without.latest
+        without.load_state_dict(state)
+        assert "redline_overhead_budget_ratio" not in without.latest
+    run = Run(clock)
+    with run.attach(budget=0.25, sinks=[sink]) as resumed:
+        resumed.load_state_dict(state)  # the budget is the session's own
+        run.steps(2)
+        assert resumed.latest.value("redline_overhead_budget_ratio") == 0.25
+    assert [snapshot.value("redline_overhead_budget_ratio") for snapshot in sink.snapshots] == [0.25, 0.25]
+
+
 @pytest.mark.parametrize("cost", [0.3, 5.0, 20.0])
 @pytest.mark.parametrize("budget", [0.02, 0.1])
 def test_the_share_comes_down_to_the_budget(cost: float, budget: float, clock: Clock) -> None:
