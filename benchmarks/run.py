@@ -8,6 +8,7 @@ python benchmarks/run.py --only spectra   # one of them; its own file has more o
 import argparse
 
 import exact_radius
+import exporter
 import growth
 import overhead
 import peers
@@ -17,7 +18,7 @@ from frame import common_options
 import controllers
 
 BENCHMARKS = {
-    one.benchmark.name: one.benchmark for one in (spectra, overhead, growth, controllers, exact_radius, peers)
+    one.benchmark.name: one.benchmark for one in (spectra, overhead, growth, controllers, exact_radius, exporter, peers)
 }
 
 

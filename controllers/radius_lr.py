@@ -11,6 +11,7 @@ from torch import Tensor
 
 from redline.controller import AfterUpdate, Number, RunOutline, Scale
 from redline.errors import ConfigurationError
+from redline.host_copy import moved_to
 from redline.radius_controller import RadiusController
 from redline.sample_memory import MAX_SAMPLES, REMEMBER
 from redline.step import Step
@@ -101,8 +102,8 @@ class RadiusLR(RadiusController):
     def scale(self, r: Tensor, step: Step) -> Scale:
         """Bring the step to its length."""
         rates = {id(one.lr) if isinstance(one.lr, Tensor) else one.lr: one.lr for one in step.rates.values()}
-        lr = torch.stack([torch.as_tensor(rate).to(r, non_blocking=True) for rate in rates.values()]).amax()
-        last = self._last_rate.to(r, non_blocking=True)
+        lr = torch.stack([moved_to(torch.as_tensor(rate), r) for rate in rates.values()]).amax()
+        last = moved_to(self._last_rate, r)
         growth = math.inf if self.max_growth is None else self.max_growth
         factor = torch.fmin(self.r / r, growth * last / lr)  # where the rate is 0 nothing limits it, and nothing moves
         told = (r > 0) & factor.isfinite()  # an infinite r is told of too, and nothing of such a step committed

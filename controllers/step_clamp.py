@@ -11,6 +11,7 @@ from torch import Tensor
 
 from redline.controller import AfterUpdate, Number, RunOutline, Scale
 from redline.errors import ConfigurationError
+from redline.host_copy import moved_to
 from redline.radius_controller import RadiusController
 from redline.sample_memory import MAX_SAMPLES, REMEMBER
 from redline.step import Step
@@ -21,9 +22,10 @@ _LOUDER = 2.0  # times the loss at the last measurement: no quiet step
 
 
 class _Measured(NamedTuple):
-    """The last step measured: ``r``, 0-d; the norm of each parameter's update, ``(parameters,)``; the loss, if any."""
+    """The last step measured: ``r``, 0-d; whose updates, and the norm of each, ``(parameters,)``; the loss, if any."""
 
     r: Tensor
+    names: tuple[str, ...]
     norms: Tensor
     loss: Tensor | None
 
@@ -35,14 +37,15 @@ class StepClamp(RadiusController):
 
     It need not measure what it can rule out. A step is left unmeasured only while all of this holds:
 
-    - the forecast ``r' max_l |p_l| / |p'_l|`` is under ``max_r / 2``, where ``r'`` is that of the last measured step,
-      ``p_l`` the update of one parameter and ``p'_l`` its update then;
+    - the forecast ``r' max_l |p_l| / |p'_l|`` is under ``max_r / 2``, where ``r'``, more than 0, is that of the last
+      measured step, ``p_l`` the update of one parameter and ``p'_l`` its update then;
     - the observed loss is at most twice what it was then;
     - that was fewer than ``stale_after`` steps ago (2, 4, 8, ... at first, as long as all stays quiet).
 
     So a parameter that moves further than the forecast allows is always measured before the commit, whenever that
-    comes. What is not seen before the next measurement is what changes r at equal norms and an equal loss: updates that
-    turn within a parameter, or inputs, to where logits are more than twice as sensitive.
+    comes. What is not seen before the next measurement is what makes r longer at norms that do not grow and an equal
+    loss: updates that turn within a parameter, or no longer cancel one another, or inputs, to where logits are more
+    than twice as sensitive.
 
     What r is, and what is left of a step that was scaled, rejected or could not be measured: see ``RadiusController``.
     Source: arXiv 2603.13552, section 5.
@@ -116,17 +119,15 @@ class StepClamp(RadiusController):
         self._since += 1
         last, norms = self._measured, step.update_norms
         wary = _WARY * self.max_r
-        if last is None or last.norms.shape != norms.shape or (last.loss is None) != (step.loss is None):
+        if last is None or last.names != tuple(step.before) or (last.loss is None) != (step.loss is None):
             return False
-        ratio = torch.where(norms == 0, 0.0, norms / last.norms.to(norms, non_blocking=True)).amax()
-        r = last.r.to(ratio, non_blocking=True)
-        asked = [r, r * ratio]
-        if step.loss is not None and last.loss is not None:
-            asked.append((step.loss - _LOUDER * last.loss.to(step.loss, non_blocking=True)).to(ratio))
-        seen, forecast, *louder = step.read(asked)
+        ratio = torch.where(norms == 0, 0.0, norms / moved_to(last.norms, norms)).amax()
+        losses = [loss for loss in (step.loss, last.loss) if loss is not None]
+        r, grown, *heard = step.read([last.r, ratio, *losses])
         if self._since == 1:
-            self._interval = min(2 * self._interval, self.stale_after) if seen < wary else 1
-        return self._since < self._interval and forecast < wary and all(one <= 0 for one in louder)
+            self._interval = min(2 * self._interval, self.stale_after) if 0 < r < wary else 1
+        quiet = not heard or heard[0] <= _LOUDER * heard[1]
+        return self._since < min(self._interval, self.stale_after) and r * grown < wary and quiet
 
     def size(self, tangent: StepTangent) -> Tensor:
         """``r`` by the radius asked for, 0-d; by the exact one only where the bound does not clear the step."""
@@ -141,7 +142,7 @@ class StepClamp(RadiusController):
     def scale(self, r: Tensor, step: Step) -> Scale:
         """Shorten the step if it is too long."""
         if self.stale_after > 1:
-            self._measured, self._since = _Measured(r, step.update_norms, step.loss), 0
+            self._measured, self._since = _Measured(r, tuple(step.before), step.update_norms, step.loss), 0
         factor = torch.where(r > self.max_r, self.max_r / r, 1.0)
         saw: dict[str, Number] = {"r": r, "max_r": self.max_r, "scale": factor, "update_norm": step.update.norm}
         kind = "exact " if self.radius == "exact" else ""

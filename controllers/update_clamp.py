@@ -97,7 +97,8 @@ class UpdateClamp(Controller):
             sigma = self._limits.weights(step, new) * (1 + TOLERANCE)
             self._ceilings.update(zip([layer.name for layer in new], sigma, strict=True))
         device = step.before[layers[0].parameter].device
-        ceilings = torch.stack([self._ceilings[layer.name].to(device, non_blocking=True) for layer in layers])
+        waits = device.type == "cpu"  # what comes to the host has to have arrived
+        ceilings = torch.stack([self._ceilings[layer.name].to(device, non_blocking=not waits) for layer in layers])
         rates = {layer.parameter: step.rates[layer.parameter] for layer in layers}
         decays = by_layer(layers, {name: one.weight_decay for name, one in rates.items()}, ceilings)
         lr = by_layer(layers, {name: one.lr for name, one in rates.items()}, ceilings)

@@ -159,7 +159,8 @@ class WeightDecayControl(Controller):
         if due:
             self._measure(step, layers, places)
         device = step.before[layers[0].parameter].device
-        self._state = {key: values.to(device, non_blocking=True) for key, values in self._state.items()}
+        waits = device.type == "cpu"  # what comes to the host has to have arrived
+        self._state = {key: values.to(device, non_blocking=not waits) for key, values in self._state.items()}
         here = torch.tensor(places).to(device, non_blocking=True)
         x, target, weight_decay = (self._state[key].index_select(0, here) for key in ("x", "target", "weight_decay"))
         rates = {layer.parameter: step.rates[layer.parameter] for layer in layers}

@@ -24,6 +24,7 @@ from redline.integrations.attach import attach
 from redline.integrations.console import ConsoleReport
 from redline.integrations.prometheus import PrometheusExporter
 from redline.integrations.record import JsonlRecorder
+from redline.integrations.textfile import TextfileSink
 from redline.interventions import Intervention
 from redline.metrics import METRICS, Metric
 from redline.monitor import Monitor, Need
@@ -74,6 +75,7 @@ __all__ = [
     "StepHealth",
     "StepStart",
     "Stop",
+    "TextfileSink",
     "UpdateClamp",
     "UpdateSpectrum",
     "WeightDecayControl",

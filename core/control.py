@@ -87,6 +87,11 @@ class Control:
             for decision in (Scale, Decay, Withhold, Reject, RollBack, Stop):
                 readings.count(metrics.INTERVENTIONS, 0, name, decision.action)
 
+    @property
+    def sub_samples(self) -> set[tuple[int | None, int]]:
+        """``max_samples`` and ``remember`` of the tangents that decisions go by."""
+        return {one.sub_sample for _, one in self._controllers if one.sub_sample is not None}
+
     def begin(
         self, layers: Sequence[MatrixLayer], held_by: Callable[[Optimizer], Mapping[str, Tensor]], notes: Notes
     ) -> None:

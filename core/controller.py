@@ -228,6 +228,11 @@ class Controller:
     snapshots_state: bool = False
     """Whether the optimizer's state is copied ahead of each step, so that a rejection can bring it back."""
 
+    @property
+    def sub_sample(self) -> tuple[int | None, int] | None:
+        """``max_samples`` and ``remember`` of the tangents it decides by, if it takes any."""
+        return None
+
     def begin(self, run: RunOutline) -> None:
         """A session begins: forget what lasted from another, and refuse what cannot work."""
 

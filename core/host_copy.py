@@ -1,4 +1,4 @@
-"""Bringing tensors to the host without waiting for them."""
+"""Bringing tensors to the host, and numbers to a device, without waiting for them."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ class HostCopy:
 def to_host(tensors: Sequence[Tensor]) -> Iterator[list[float]]:
     """All tensors as lists of floats, in order, with one copy a device; waits for it."""
     return iter(HostCopy(tensors).read())
+
+
+def moved_to(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor on the device and in the dtype of another; nobody waits, but where it comes to the host.
+
+    There it would be read before it has arrived.
+    """
+    return tensor.to(like, non_blocking=like.device.type != "cpu")
 
 
 def is_on_host(tensor: Tensor) -> bool:

@@ -117,6 +117,9 @@ OVERHEAD_RATIO = _define("overhead_ratio", "gauge", "1", "Time spent in Redline 
 MONITORING_RATIO = _define(
     "monitoring_ratio", "gauge", "1", "Time spent in Redline, but for its controllers / time of training."
 )
+OVERHEAD_BUDGET_RATIO = _define(
+    "overhead_budget_ratio", "gauge", "1", "Share of training time that monitoring may take; absent without a budget."
+)
 LAST_STEP_TIMESTAMP = _define(
     "last_step_timestamp_seconds", "gauge", "seconds", "Unix time at which the last optimizer step ended."
 )
@@ -137,4 +140,14 @@ TANGENT_FALLBACKS = _define(
     "tangent_fallbacks_total", "counter", "1", "Logit tangents taken by a method below forward mode.", "method",
     label_values=METHODS[1:],
 )  # fmt: skip
+FOLDED_LAYERS = _define(
+    "folded_layers", "gauge", "1", "Layers that are not served by name, so that the exporter keeps to its max_series."
+)
+FOLDED_MAX = _define(
+    "folded_max", "gauge", "1", "Largest value of a per-layer metric among the folded layers of a kind.",
+    "metric", "kind",
+)  # fmt: skip
+FOLDED_MEDIAN = _define(
+    "folded_median", "gauge", "1", "Median of a per-layer metric over the folded layers of a kind.", "metric", "kind"
+)
 RUN_INFO = _define("run_info", "info", "1", "What is running.", "run", "version", "precision", "strategy", "world_size")

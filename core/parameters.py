@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from redline.errors import ConfigurationError
-from redline.host_copy import is_on_host
+from redline.host_copy import is_on_host, moved_to
 from redline.notes import Notes
 from redline.optimizers import optimizer_labels
 
@@ -93,7 +93,7 @@ def by_layer(layers: Sequence[MatrixLayer], numbers: Mapping[str, float | Tensor
 
 
 def _as_one_of(number: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(number, dtype=like.dtype).to(like, non_blocking=True)
+    return moved_to(torch.as_tensor(number, dtype=like.dtype), like)
 
 
 def matrix_layers(model: nn.Module, notes: Notes) -> list[MatrixLayer]:

@@ -41,6 +41,11 @@ class RadiusController(Controller):
         self._quantile = 1.0 if reduction == "max" else float(reduction)
         self._has_measured = False
 
+    @property
+    def sub_sample(self) -> tuple[int | None, int]:
+        """That of its own."""
+        return self.max_samples, self.remember
+
     @abstractmethod
     def scale(self, r: Tensor, step: Step) -> Scale:
         """What to do with a step of ``r``, 0-d on the device."""

@@ -61,21 +61,23 @@ class SampleMemory:
     def keep(self, call: CapturedCall, r: Tensor, batch_dim: int, most: int) -> None:
         """Keep, from the end of the step on, the ``most`` samples of largest ``r``, ``(samples,)``, of a call joined.
 
-        A sample that came twice counts once.
+        A sample that came twice counts once. Inputs that are not where ``r`` is are not kept: nobody waits for it.
         """
+        leaves, _ = tree_flatten((call.args, call.kwargs))
+        if any(leaves[at].device != r.device for at in self._places):
+            return
         r = r.nan_to_num(nan=-1.0)
         index = r.topk(min(2 * most, len(r))).indices
-        leaves, _ = tree_flatten((call.args, call.kwargs))
-        first = {at: leaves[at].index_select(batch_dim, index.to(leaves[at].device)) for at in self._places}
+        first = {at: leaves[at].index_select(batch_dim, index) for at in self._places}
         again = torch.zeros(len(index), dtype=torch.bool, device=r.device)
         if first:
             rows = [
                 leaf.movedim(batch_dim, 0).flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in first.values()
             ]
-            same = torch.stack([(row[:, None] == row).all(-1).to(r.device) for row in rows]).all(0)
+            same = torch.stack([(row[:, None] == row).all(-1) for row in rows]).all(0)
             again = same.tril(-1).any(1)
         best = torch.where(again, -1.0, r[index]).topk(min(most, len(index))).indices
-        self._next = {at: leaf.index_select(batch_dim, best.to(leaf.device)) for at, leaf in first.items()}
+        self._next = {at: leaf.index_select(batch_dim, best) for at, leaf in first.items()}
 
     def end_step(self, *, keep: bool = True) -> None:
         """What this step kept is for the next, or is let go."""

@@ -123,6 +123,8 @@ class Session:
         self._control.begin(self._layers, self._names.held_by, self._notes)
         self._time = OwnTime(next((parameter.device for parameter in self._model.parameters()), None))
         self._budget = OverheadBudget(budget)
+        if budget is not None:
+            self._readings.gauge(metrics.OVERHEAD_BUDGET_RATIO, budget)
         self._monitors_due, self._sinks_due = Agenda(self._notes), Agenda(self._notes)
         self._closed = False
         for name, _ in self._monitors:
@@ -142,7 +144,9 @@ class Session:
         self._margins: StepMargins | None = None
 
         self._capture = ForwardCapture(model, module, self.before_forward, lambda: self._at_work_for(Need.TANGENT))
-        self._probe = TangentProbe(self._capture, logits, batch_dim, self._notes, around_replay)
+        self._probe = TangentProbe(
+            self._capture, logits, batch_dim, self._notes, around_replay, self._control.sub_samples
+        )
         self._hooks = [OptimizerHooks(optimizer, self) for optimizer in self._optimizers]
         self._delivery = Delivery(self._readings, self._control.log, named_sinks, run, self._notes)
         self._arm()
@@ -368,6 +372,7 @@ class Session:
         step = self._step
         assert step is not None
         step.loss, self._loss = self._loss, None
+        step.update_changed()  # what was measured ahead of the update is of other weights
         step.gradient_norm = joint_norm([norm for one, norm in self._gradient_norms.items() if one in self._stepped])
         try:
             try:

@@ -32,8 +32,10 @@ class SpectrumTracker:
         warm = SpectralState(tuple(self._vectors.get(layer.name) for layer in layers), self._seed)
         matrices = [layer.of(tensors[layer.parameter]) for layer in layers]
         estimate = top_singular_values(matrices, warm, tolerance=tolerance)
-        found = zip(layers, estimate.state.vectors, strict=True)
-        self._vectors.update({layer.name: vectors for layer, vectors in found if vectors is not None})
+        for layer, vectors in zip(layers, estimate.state.vectors, strict=True):
+            self._vectors.pop(layer.name, None)
+            if vectors is not None:
+                self._vectors[layer.name] = vectors
         self._seed = estimate.state.seed
         return estimate
 

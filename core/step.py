@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from redline.host_copy import moved_to
 from redline.margins import StepMargins
 from redline.numerics.spectra import SpectralEstimate
 from redline.parameters import MatrixLayer
@@ -119,7 +120,7 @@ class Step:
         """
         if self._norms is None:
             norms = [torch.linalg.vector_norm(part) for part in self._transaction.parts()]
-            together = [norm.to(norms[0], non_blocking=True) for norm in norms]
+            together = [moved_to(norm, norms[0]) for norm in norms]
             self._norms = torch.stack(together) if together else torch.zeros(0)
         return self._norms
 

@@ -105,15 +105,24 @@ class TangentProbe:
         batch_dim: int,
         notes: Notes,
         around_replay: Callable[[], AbstractContextManager[Any]],
+        decided_by: Collection[tuple[int | None, int]] = (),
     ) -> None:
-        """``around_replay``: what has to be open around each further call of the model."""
+        """What to measure, and how.
+
+        Args:
+            capture: of the model's calls.
+            logits: gives logits of its output; None for the output itself.
+            batch_dim: of its tensors.
+            notes: takes what could not be measured.
+            around_replay: what has to be open around each further call of the model.
+            decided_by: the sub-samples that decisions go by, as ``max_samples`` and ``remember``.
+        """
         self._capture, self._logits, self._batch_dim, self._notes = capture, logits, batch_dim, notes
         self._around_replay = around_replay
         self._method = "auto"
         self._checked = False
-        self._whole_batch = False
         self._memories: dict[tuple[int, int], SampleMemory] = {}  # by max_samples and remember
-        self._decided_by: set[tuple[int | None, int]] = set()  # of these, those that decisions go by
+        self._decided_by = set(decided_by)  # of these, those that decisions go by
 
     def measure(
         self,
@@ -156,7 +165,7 @@ class TangentProbe:
         point = {inner: before[name] for inner, name in local.items()}
         direction = {inner: update[name] for inner, name in local.items()}
         batch = _batch_size(call, self._batch_dim)
-        whole = self._whole_batch or max_samples is None or batch <= max_samples or _couples_samples(call.module)
+        whole = max_samples is None or batch <= max_samples or _couples_samples(call.module)
         with hooks_silenced(), self._around_replay():
             try:
                 samples = batch if whole or max_samples is None else max_samples
@@ -177,17 +186,16 @@ class TangentProbe:
                 return found
             except ConfigurationError:
                 raise
-            except torch.OutOfMemoryError as error:
-                self._notes.add(f"The ghost radius was not measured at some step: out of memory. {_first_line(error)}")
+            except torch.OutOfMemoryError:
+                self._notes.add("The ghost radius was not measured at some steps: out of memory.")
                 return None
             except Exception as error:  # noqa: BLE001 a model may fail in any way; the run goes on
-                if not whole:
-                    self._whole_batch = True
+                if not whole:  # not remembered: what fails for one who asks must not change what others measure
                     self._notes.add(
                         f"The ghost radius is measured on the whole batch: a sub-sample of it failed with "
                         f"{type(error).__name__}: {_first_line(error)}"
                     )
-                    return self.measure(parameters, before, update, max_samples, remember, layers=layers)
+                    return self.measure(parameters, before, update, None, 0, layers=layers)
                 self._notes.add(
                     f"The ghost radius is not measured: calling {type(call.module).__name__} again on its own inputs "
                     f"failed with {type(error).__name__}: {_first_line(error)}"
@@ -270,7 +278,6 @@ class TangentProbe:
         return {
             "method": self._method,
             "checked": self._checked,
-            "whole_batch": self._whole_batch,
             "decided_by": sorted(self._decided_by, key=str),
             "memories": [(*asked, memory.state_dict()) for asked, memory in self._memories.items()],
         }
@@ -278,8 +285,8 @@ class TangentProbe:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the method found before."""
         self._method = state["method"] if state["method"] in METHODS else "auto"
-        self._checked, self._whole_batch = bool(state["checked"]), bool(state["whole_batch"])
-        self._decided_by = {tuple(asked) for asked in state["decided_by"]}
+        self._checked = bool(state["checked"])
+        self._decided_by |= {tuple(asked) for asked in state["decided_by"]}
         self._memories = {}
         for samples, remember, kept in state["memories"]:
             self._memories[samples, remember] = SampleMemory()

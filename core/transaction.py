@@ -123,7 +123,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _on(tensor: Tensor, number: float | Tensor) -> Tensor:
     """A number on a tensor's device."""
-    return torch.as_tensor(number).to(tensor.device, non_blocking=True)
+    return torch.as_tensor(number).to(tensor.device, non_blocking=tensor.device.type != "cpu")
 
 
 def _part(factor: float | Tensor, tensor: Tensor) -> Tensor:

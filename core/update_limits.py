@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from redline.controller import Number, ScaleMatrices
-from redline.host_copy import is_on_host
+from redline.host_copy import is_on_host, moved_to
 from redline.parameters import MatrixLayer, by_layer, fans
 from redline.spectrum_tracker import SpectrumTracker
 from redline.step import Step
@@ -49,7 +49,7 @@ class UpdateLimits:
         if not layers:
             return None
         sigma = self._updates.measure(layers, net, _ASKED).sigma * (1 + TOLERANCE)
-        sigma = sigma * torch.as_tensor(factor).to(sigma, non_blocking=True)
+        sigma = sigma * moved_to(torch.as_tensor(factor), sigma)
         if self.relative_to == "fan":
             rates = {name: times(factor, step.rates[name].lr) for name in net}
             limits = self.limit * by_layer(layers, rates, sigma) * fans(layers, sigma)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 from threading import Thread
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
-from prometheus_client.metrics_core import Metric as Family
-from prometheus_client.registry import Collector
-
 from redline.errors import ConfigurationError
-from redline.integrations.ranks import is_rank_zero
-from redline.metrics import METRICS, RUN_INFO, Metric
+from redline.integrations import metrics_server
+from redline.integrations.prometheus_families import SnapshotCollector
+from redline.integrations.ranks import is_rank_zero, local_rank
+from redline.integrations.series_budget import DEFAULT_MAX_SERIES
 from redline.readings import Snapshot
 from redline.report import StabilityReport
 from redline.schedules import Schedule
@@ -23,49 +19,67 @@ from redline.sink import Sink
 
 
 class PrometheusExporter(Sink):
-    """Serves ``/metrics`` on rank 0 from the start of the session to its end, in a registry of its own.
+    """Serves ``/metrics`` from the start of the session to its end, in a registry of its own; by default on rank 0.
 
-    A scrape sees one snapshot, whole. A port in use is a warning, and the run goes on without being served.
+    A scrape sees one snapshot, whole. A port in use is a warning, and the run goes on without being served. Over many
+    series, the worst layers are served by name and the others folded (see ``SeriesBudget``).
     """
 
-    def __init__(self, port: int = 9108, *, address: str = "127.0.0.1", every: int | Schedule = 10) -> None:
+    def __init__(
+        self,
+        port: int = 9108,
+        *,
+        address: str = "127.0.0.1",
+        every: int | Schedule = 10,
+        max_series: int = DEFAULT_MAX_SERIES,
+        all_ranks: bool = False,
+        certfile: str | None = None,
+        keyfile: str | None = None,
+        client_cafile: str | None = None,
+        client_capath: str | None = None,
+        client_auth_required: bool = False,
+    ) -> None:
         """Serve on a port.
 
         Args:
             port: 0 picks a free one; ``.port`` says which.
             address: interface to bind; by default this machine only.
             every: schedule on which what is served is brought up to date.
+            max_series: the most series to serve, of this process; at least 100.
+            all_ranks: whether each rank serves what it measured, on ``port`` plus its place on its machine (what
+                torchrun calls LOCAL_RANK), and not rank 0 alone. Losses are each rank's own.
+            certfile: the server's certificate, a PEM file; serves over TLS.
+            keyfile: its key, not encrypted.
+            client_cafile: a PEM file of the authorities whose clients are let in.
+            client_capath: the same as a folder.
+            client_auth_required: whether a client must show a certificate.
+
+        Raises:
+            ConfigurationError: a port or a budget out of range, or options of TLS that do not go together.
         """
         super().__init__(every)
         if not 0 <= port <= 65535:
             raise ConfigurationError(f"got port {port}; expected 0 (any free one) to 65535.")
         self.port, self.address = port, address
+        self.max_series, self.all_ranks = max_series, all_ranks
         self._asked = port
-        self._collector = _SnapshotCollector()
+        self._tls = metrics_server.Tls(certfile, keyfile, client_cafile, client_capath, client_auth_required)
+        self._collector = SnapshotCollector(max_series)
         self._server: tuple[WSGIServer, Thread] | None = None
 
     @property
     def url(self) -> str | None:
         """Where metrics are served, or None while they are not."""
-        return f"http://{self.address}:{self.port}/metrics" if self._server else None
+        scheme = "https" if self._tls.certfile else "http"
+        return f"{scheme}://{self.address}:{self.port}/metrics" if self._server else None
 
     def open(self, snapshot: Snapshot) -> None:
         """Start serving."""
+        if self._server is None:
+            self._collector = SnapshotCollector(self.max_series)
+            if self.all_ranks or is_rank_zero():
+                self._serve(self._port())
         self._collector.snapshot = snapshot
-        if not is_rank_zero() or self._server:
-            return
-        registry = CollectorRegistry()
-        registry.register(self._collector)
-        try:
-            server, thread = start_http_server(self._asked, self.address, registry)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            raise OSError(
-                f"got port {self._asked} on {self.address}, which is in use; expected a free one. The run goes on "
-                "without serving metrics: pass another port, or 0 for any free one"
-            ) from error
-        self.port, self._server = server.server_port, (server, thread)
 
     def emit(self, snapshot: Snapshot) -> None:
         """Serve this snapshot from now on."""
@@ -80,32 +94,28 @@ class PrometheusExporter(Sink):
             server.server_close()
             thread.join()
 
+    def _port(self) -> int:
+        """0 stays 0: any free one."""
+        port = self._asked + local_rank() if self.all_ranks and self._asked else self._asked
+        if port > 65535:
+            raise ConfigurationError(f"got port {self._asked} and local rank {local_rank()}; expected at most 65535.")
+        return port
+
+    def _serve(self, port: int) -> None:
+        try:
+            self._server = metrics_server.start(port, self.address, self._collector.registry, self._tls)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise OSError(
+                f"got port {port} on {self.address}, which is in use; expected a free one. The run goes on "
+                "without serving metrics: pass another port, or 0 for any free one"
+            ) from error
+        self.port = self._server[0].server_port
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_server": None, "_collector": _SnapshotCollector()}
+        return {**vars(self), "_server": None, "_collector": None}
 
-
-class _SnapshotCollector(Collector):
-    """Gives the last snapshot in Prometheus' families; snapshots are immutable, so a scrape is consistent."""
-
-    def __init__(self) -> None:
-        self.snapshot: Snapshot | None = None
-
-    def collect(self) -> Iterator[Family]:
-        snapshot = self.snapshot
-        if snapshot is None:
-            return
-        for metric in METRICS.values():
-            if metric is RUN_INFO:
-                labels = {name: str(value) for name, value in vars(snapshot.run).items()}
-                yield InfoMetricFamily(metric.name.removesuffix("_info"), metric.help, labels)
-                continue
-            family = _family(metric)
-            for values, value in snapshot.series(metric.name).items():
-                family.add_metric(values, value)
-            yield family
-
-
-def _family(metric: Metric) -> Any:
-    if metric.kind == "counter":
-        return CounterMetricFamily(metric.name.removesuffix("_total"), metric.help, labels=metric.labels)
-    return GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._collector = SnapshotCollector(self.max_series)

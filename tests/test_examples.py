@@ -12,6 +12,7 @@ SHORT = {
     "plain_loop.py": ["--steps", "20", "--port", "0"],
     "lightning_digits.py": ["--steps", "20"],
     "custom_sink.py": [],
+    "lightning_cli.py": ["fit", f"--config={EXAMPLES / 'lightning_cli.yaml'}", "--trainer.max_steps=20"],
     "bad_batches.py": ["--quick"],
     "radius_lr.py": ["--quick"],
     "width_transfer.py": ["--quick"],
@@ -19,6 +20,7 @@ SHORT = {
 SAYS = {
     "plain_loop.py": "The longest step had r = ",
     "lightning_digits.py": "Test accuracy ",
+    "lightning_cli.py": "stability report",
     "bad_batches.py": "one NaN among the inputs, one batch",
     "radius_lr.py": "points above the best",
     "width_transfer.py": "Top singular values: ",

@@ -60,6 +60,8 @@ def normalized_step_size(tangent: Tensor, mask: Tensor | None = None, quantile: 
     spread = tangent_spread(tangent)
     if mask is not None:
         spread = torch.where(mask, spread, 0.0)
+    if not spread.numel():
+        return spread.new_zeros(())
     if quantile == 1:
         return spread.amax() / math.pi
     ordered = spread.flatten().sort().values  # NaN comes last; positions that do not count are zeros, and come first

@@ -28,6 +28,7 @@ _MOST_ITERATIONS = 24  # 48 products: what a cold start on a flat spectrum takes
 _UNWATCHED_ITERATIONS = {"cold": 16, "warm": 6}  # where asking for convergence would wait for the device
 _FRESH = 2  # random vectors in the block
 _LEADING = 8  # Ritz vectors that the stopping rule takes together at most
+_MARGIN = 0.5  # of the tolerance is asked for: the bound that tells it rests on an estimate
 _TILE = 1 << 20  # elements of a low-precision matrix that are converted at a time
 
 
@@ -50,7 +51,8 @@ class SpectralEstimate:
     """Top singular values of ``n`` matrices.
 
     Attributes:
-        sigma: ``(n,)``, float32 (float64 if a matrix is): ``sigma_1``, NaN for a matrix that is not finite.
+        sigma: ``(n,)``, float32 (float64 if a matrix is): ``sigma_1``, NaN for a matrix that is not finite,
+            or whose entries' squares are not (in float32 beyond 1e19).
         residual: ``(n,)``, ``||A^T A v - sigma^2 v|| / sigma^2``, 0 for a zero matrix.
         passes: ``(n,)``, int64 on the CPU: products with the matrix or its transpose.
         state: pass it to the next call.
@@ -80,7 +82,8 @@ def top_singular_values(
             stay at hand when they overtake, and products with 6 vectors at once cost little more than with one.
         iterations: the most block iterations, two products each; by default 24, and unwatched 16 cold and 6 warm.
         tolerance: relative error of ``sigma_1`` at which a watched matrix is done, by a bound of Kato and Temple's kind
-            on what the Ritz value may still gain.
+            on what the Ritz value may still gain. No certificate: a new top that the random vectors hardly touch may
+            take several calls to be found.
         watched: whether to ask for convergence after each iteration, which waits for an accelerator; by default on the
             CPU only. Unwatched, exactly ``iterations`` are made, and a matrix that was zero or not finite the last time
             takes a few calls to be warm: its residual says so.
@@ -90,10 +93,13 @@ def top_singular_values(
     """
     state = state or SpectralState()
     warm = state.vectors if len(state.vectors) == len(matrices) else (None,) * len(matrices)
-    results = [
-        _top_singular_value(matrix.detach(), start, state.seed + index, rank, iterations, tolerance, watched)
-        for index, (matrix, start) in enumerate(zip(matrices, warm, strict=True))
-    ]
+    results = []
+    for index, (matrix, start) in enumerate(zip(matrices, warm, strict=True)):
+        with torch.autocast(matrix.device.type, enabled=False):  # the caller's would round the products
+            found = _top_singular_value(
+                matrix.detach(), start, state.seed + index, rank, iterations, tolerance, watched
+            )
+        results.append(found)
     if not results:
         return SpectralEstimate(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64), state)
     sigma, residual, passes, vectors = zip(*results, strict=True)
@@ -270,7 +276,8 @@ def _has_settled(theta: Tensor, residuals: Tensor, tolerance: float) -> bool:
     With ``Theta`` the values of the leading ``k`` Ritz vectors, ``R`` their residuals, and ``c < theta_1`` above all
     eigenvalues of what is orthogonal to them, ``lambda_1 <= lambda_max(Theta + R R^T / (theta_1 - c))``: for ``k = 1``
     the bound of Kato and Temple. ``c`` is taken from the other Ritz values and their residuals, those of the fresh
-    vectors among them, and the best ``k`` counts. sigma errs by half of what theta does.
+    vectors among them, and the best ``k`` counts: ``c`` is estimated, not proven, since a direction that the basis
+    hardly touches can hide, so this is a stopping rule and no certificate. sigma errs by half of what theta does.
     """
     top = theta[0]
     if top == 0 or not bool(top.isfinite()):
@@ -281,6 +288,6 @@ def _has_settled(theta: Tensor, residuals: Tensor, tolerance: float) -> bool:
         gap = top - ceilings[k]
         if gap > 0:
             bound = torch.linalg.eigvalsh(theta[:k].diag() + overlap[:k, :k] / gap)[-1]
-            if bound - top < 2 * tolerance * top:
+            if bound - top < _MARGIN * 2 * tolerance * top:
                 return True
     return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from redline.integrations.commands import compare, demo, report
+from redline.integrations.commands import compare, dashboards, demo, report
 
-COMMANDS: tuple[ModuleType, ...] = (demo, report, compare)
+COMMANDS: tuple[ModuleType, ...] = (demo, report, compare, dashboards)
 """In the order in which ``redline --help`` lists them."""

@@ -10,11 +10,12 @@ import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 TINY = {
-    "spectra": {"repeats": 1, "apart": 1, "layers": 1, "width": 96},
+    "spectra": {"repeats": 1, "apart": 1, "layers": 1, "width": 192},
     "overhead": {"pairs": 2, "large": 1, "width": 64, "layers": 1, "batch": 4},
     "growth": {"widths": [32, 64], "layers": [1, 2], "width": 32, "pairs": 1, "repeats": 1, "batch": 2},
     "controllers": {"repeats": 1, "steps": 1, "batch": 4, "warmup": 3},
     "exact_radius": {"repeats": 1, "moments": [0]},
+    "exporter": {"series": [100], "rounds": 1, "seconds": 2, "scrapes": 1, "batch": 2},
     "peers": {"repeats": 1, "batch": 2, "warmup": 1, "iterations": 3, "only": "top_singular_values"},
 }
 

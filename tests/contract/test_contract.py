@@ -56,6 +56,7 @@ CONTROLLERS = [*exported(Controller), HalvingDouble]
 FILES = count()
 ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "PrometheusExporter": lambda: {"port": 0},  # a port that two can have at once
+    "TextfileSink": lambda: {"path": "run.prom"},
     "JsonlRecorder": lambda: {"path": f"{next(FILES)}.jsonl"},  # a file of its own
 }
 
@@ -151,7 +152,7 @@ def everything(run: Run) -> dict[str, Any]:
 
 def test_there_is_something_to_test() -> None:
     assert {kind.__name__ for kind in MONITORS} >= {"GhostRadius", "StepHealth", "UpdateSpectrum", "WeightSpectrum"}
-    assert {kind.__name__ for kind in SINKS} >= {"ConsoleReport", "JsonlRecorder", "PrometheusExporter"}
+    assert {kind.__name__ for kind in SINKS} >= {"ConsoleReport", "JsonlRecorder", "PrometheusExporter", "TextfileSink"}
     assert {type(monitor) for monitor in redline.default_monitors()} <= set(MONITORS)
 
 

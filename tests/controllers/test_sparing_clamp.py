@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -160,6 +161,57 @@ def test_a_step_near_the_redline_is_measured_every_time(tangents: list[int]) -> 
     assert len(tangents) == before + 10
 
 
+def masked(run: Run) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Logits, of which none count while ``run.counts`` is false."""
+    return lambda output: (output, torch.full((len(output),), run.counts))
+
+
+def test_r_of_a_step_at_which_nothing_counted_stands_for_no_other(tangents: list[int]) -> None:
+    run = Run()
+    run.counts = False
+    clamp = redline.StepClamp(max_samples=None)
+    with redline.attach(run.model, run.optimizers, monitors=[], controllers=[clamp], logits=masked(run)) as session:
+        run.session = session
+        for _ in range(5):
+            run.step()
+        run.counts = True
+        before = len(tangents)
+        run.step((100.0, 100.0))
+    assert len(tangents) == before + 1
+    assert [one.step for one in session.interventions] == [5]
+
+
+def test_parameters_that_take_turns_are_told_apart(tangents: list[int]) -> None:
+    """As many, and as large, as those of the last step: but others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    optimizers = [Replayed([parameter]) for parameter in model.parameters()]
+    x, y = torch.randn(16, 8), torch.randint(8, (16,))
+    clamp = redline.StepClamp(max_r=100.0, max_samples=None)
+    with redline.attach(model, optimizers, monitors=[], controllers=[clamp]):
+        for step in range(6):
+            F.cross_entropy(model(x), y).backward()
+            optimizer = optimizers[step % 2]
+            optimizer.update = [torch.full((8, 8), 1e-3)]
+            optimizer.step()
+            model.zero_grad()
+        model(x)  # the last step ends ahead of it
+    assert len(tangents) == 6
+
+
+def test_a_staleness_limit_that_is_lower_than_the_one_before_holds_at_once(tangents: list[int]) -> None:
+    run = Run()
+    with run.attach(redline.StepClamp(max_samples=None)) as session:
+        quiet(run, 33)  # measured at 30, the next not before 50
+        state = session.state_dict()
+    before = len(tangents)
+    with run.attach(redline.StepClamp(max_samples=None, stale_after=5)) as session:
+        session.load_state_dict(state)
+        for _ in range(5):
+            run.step()
+    assert len(tangents) > before
+
+
 @pytest.mark.parametrize("length", [math.nan, math.inf])
 def test_an_update_that_is_not_finite_is_never_passed(length: float) -> None:
     run = Run()
@@ -179,7 +231,17 @@ def test_what_moves_for_the_first_time_is_measured(tangents: list[int]) -> None:
     assert len(tangents) == before + 1
 
 
-def test_a_step_of_nothing_at_all_is_left_alone() -> None:
+def test_a_step_of_nothing_is_told_by_its_norms_and_left_alone(tangents: list[int]) -> None:
+    run = Run()
+    with run.attach(redline.StepClamp(max_samples=None)) as session:
+        quiet(run, 8)
+        before = len(tangents)
+        run.step((0.0, 0.0))
+    assert len(tangents) == before
+    assert not session.interventions
+
+
+def test_a_step_that_moves_nothing_of_the_model_is_left_alone() -> None:
     run = Run()
     with run.attach(redline.StepClamp(max_samples=None)):
         quiet(run, 5)
@@ -231,17 +293,21 @@ def test_it_does_what_a_clamp_does_that_measures_every_step(tangents: list[int])
     assert counts[1] < 40
 
 
-def test_a_run_that_is_resumed_equals_one_that_was_not() -> None:
+def test_a_run_that_is_resumed_equals_one_that_was_not_and_is_measured_at_the_same_steps(tangents: list[int]) -> None:
     whole = Trained()
     with whole.attach(redline.StepClamp(max_samples=16)):
-        whole.train(range(80), spiked)
+        whole.train(range(33), spiked)
+        until = len(tangents)
+        at = [(step, len(tangents)) for step in range(33, 80) if whole.train(range(step, step + 1), spiked) is None]
     first = Trained()
     with first.attach(redline.StepClamp(max_samples=16)) as session:
         first.train(range(33), spiked)
         state = session.state_dict()
+    before = len(tangents)
     with first.attach(redline.StepClamp(max_samples=16)) as session:
         session.load_state_dict(state)
-        first.train(range(33, 80), spiked)
+        again = [(step, len(tangents)) for step in range(33, 80) if first.train(range(step, step + 1), spiked) is None]
+    assert [(step, count - before) for step, count in again] == [(step, count - until) for step, count in at]
     assert first.everything == whole.everything
 
 
@@ -262,25 +328,58 @@ class EverySecondBack(redline.Controller):
     snapshots_state = True
     per_parameter = True
 
+    def __init__(self, first: int) -> None:
+        self.first = first
+
     def inspect(self, step: redline.Step) -> list[redline.Reject]:
-        return [redline.Reject("taken back.")] if step.index % 2 else []
+        return [redline.Reject("taken back.")] if step.index % 2 == self.first else []
 
 
-def test_monitors_measuring_where_the_clamp_is_not_asked_change_nothing() -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_monitors_measuring_where_the_clamp_is_not_asked_change_nothing(first: int) -> None:
     ends = []
     for monitors in ([], [redline.GhostRadius(1, max_samples=3, remember=2)]):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+        model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 4))
         optimizer = torch.optim.SGD(model.parameters(), lr=3.0, momentum=0.9)
-        controllers = [EverySecondBack(), redline.StepClamp(0.1, max_samples=3, remember=2)]
+        controllers = [EverySecondBack(first), redline.StepClamp(0.1, max_samples=3, remember=2)]
         with redline.attach(model, optimizer, monitors=monitors, controllers=controllers):
             for seed in range(12):
+                generator = torch.Generator().manual_seed(seed)
+                x, y = torch.randn(16, 6, generator=generator), torch.randint(0, 4, (16,), generator=generator)
+                x[0] *= 30 if seed % 2 == first else 1  # fragile, and measured where the clamp is not asked
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        ends.append(frozen(model.state_dict()))
+    assert ends[0] == ends[1]
+
+
+class Fours(nn.Sequential):
+    """A net that takes batches of a multiple of 4 only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) % 4:
+            raise RuntimeError("no multiple of 4")
+        return super().forward(x)
+
+
+def test_a_sub_sample_that_fails_for_a_monitor_does_not_change_the_clamps() -> None:
+    ends = []
+    for monitors in ([], [redline.GhostRadius(1, max_samples=3, remember=0)]):
+        torch.manual_seed(0)
+        model = Fours(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
+        clamp = redline.StepClamp(0.1, max_samples=4, remember=0)
+        warned = pytest.warns(redline.RedlineWarning, match="on the whole batch") if monitors else nullcontext()
+        with warned, redline.attach(model, optimizer, monitors=monitors, controllers=[clamp]) as session:
+            for seed in range(6):
                 generator = torch.Generator().manual_seed(seed)
                 x, y = torch.randn(16, 6, generator=generator), torch.randint(0, 4, (16,), generator=generator)
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-        ends.append(frozen(model.state_dict()))
+        ends.append((frozen(model.state_dict()), frozen([dict(one.saw) for one in session.interventions])))
     assert ends[0] == ends[1]
 
 

@@ -140,9 +140,9 @@ class Slow(redline.Controller):
 class Run:
     """A step of training takes 1 second."""
 
-    def __init__(self, clock: Clock, controllers: Sequence[redline.Controller] = ()) -> None:
+    def __init__(self, clock: Clock, controllers: Sequence[redline.Controller] = (), batch: int = 5) -> None:
         torch.manual_seed(0)
-        self.clock, self.controllers = clock, controllers
+        self.clock, self.controllers, self.batch = clock, controllers, batch
         self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.5)
 
@@ -159,8 +159,8 @@ class Run:
 
     def steps(self, count: int, seconds: float = 1.0) -> None:
         for seed in range(count):
-            x = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
-            loss = nn.functional.cross_entropy(self.model(x), torch.arange(5) % 3)
+            x = torch.randn(self.batch, 3, generator=torch.Generator().manual_seed(seed))
+            loss = nn.functional.cross_entropy(self.model(x), torch.arange(self.batch) % 3)
             self.clock.now += seconds
             loss.backward()
             self.optimizer.step()
@@ -186,6 +186,23 @@ def test_without_a_budget_schedules_are_kept(clock: Clock) -> None:
     assert monitor.steps == [0, 2, 4, 6]
     assert sink.steps == [0, 3, 6]
     assert session.latest.series("redline_put_off_total") == {("Costing",): 0}
+
+
+def test_the_budget_is_a_reading_from_the_start_and_absent_without_one(clock: Clock) -> None:
+    sink = Keeping(clock)
+    with Run(clock).attach(budget=0.125, sinks=[sink]) as given:
+        assert given.latest.value("redline_overhead_budget_ratio") == 0.125
+        state = given.state_dict()
+    with Run(clock).attach(budget=None) as without:
+        assert "redline_overhead_budget_ratio" not in without.latest
+        without.load_state_dict(state)
+        assert "redline_overhead_budget_ratio" not in without.latest
+    run = Run(clock)
+    with run.attach(budget=0.25, sinks=[sink]) as resumed:
+        resumed.load_state_dict(state)  # the budget is the session's own
+        run.steps(2)
+        assert resumed.latest.value("redline_overhead_budget_ratio") == 0.25
+    assert [snapshot.value("redline_overhead_budget_ratio") for snapshot in sink.snapshots] == [0.25, 0.25]
 
 
 @pytest.mark.parametrize("cost", [0.3, 5.0, 20.0])
@@ -304,10 +321,10 @@ def test_the_run_is_the_same_with_any_budget(budget: float | None, costs: list[f
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("redline.session.OwnTime", lambda device: OwnTime(device, clock))
             controller = Slow(clock, 1.0)
-            run = Run(clock, [controller, redline.StepClamp(0.3)])
+            run = Run(clock, [controller, redline.StepClamp(0.03, max_samples=8, remember=3)], batch=64)
             monitors = [
                 Costing(clock, lambda step: costs[step % len(costs)], every, Need.TANGENT),
-                redline.GhostRadius(1),
+                redline.GhostRadius(1, max_samples=8, remember=3),
                 redline.WeightSpectrum(every),
                 redline.StepHealth(1),
             ]

@@ -427,6 +427,20 @@ def test_weights_are_measured_as_committed_even_if_a_controller_looked_at_them_b
     assert sigma == pytest.approx(float(torch.linalg.matrix_norm(before.double(), 2)), rel=1e-4)
 
 
+def test_weights_are_measured_as_committed_even_if_a_controller_looked_at_them_ahead_of_the_update() -> None:
+    run = Run(model=Linear)
+
+    class Looking(redline.Controller):
+        def before_update(self, step: Step) -> None:
+            step.weight_spectra(1e-6)
+
+    with run.attach(Looking(), monitors=[redline.WeightSpectrum(1)]) as session:
+        run.step(1)
+        sigma = session.latest.value("redline_weight_spectral_norm", layer="weight")
+    after = run.parameters["weight"]
+    assert sigma == pytest.approx(float(torch.linalg.matrix_norm(after.double(), 2)), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "controller",
     [

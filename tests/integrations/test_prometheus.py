@@ -7,7 +7,6 @@ import pickle
 import socket
 import sys
 import threading
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
@@ -17,15 +16,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from prometheus_client import parser
-from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import parser as openmetrics_parser
+from scraping import RUN, TIMEOUT, Loop, families, samples, scrape
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import redline
 from redline.integrations.lightning import RedlineCallback
-from redline.readings import RunInfo, Series, Snapshot
+from redline.readings import Series, Snapshot
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -33,7 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-TIMEOUT = 10  # seconds; a scrape takes milliseconds
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 PER_LAYER = (
@@ -73,9 +70,6 @@ LABELS: dict[str, set[str]] = {
 }
 """Every metric of the design and its labels."""
 
-Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
-RUN = RunInfo("run-1", "0.1", "float32", "single", 1)
-
 
 @pytest.fixture(autouse=True)
 def one_thread_and_seeded() -> Iterator[None]:
@@ -84,33 +78,6 @@ def one_thread_and_seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
-
-
-# Scraping ------------------------------------------------------------------------------------------------------------
-
-
-def scrape(url: str | None, accept: str = "text/plain") -> str:
-    assert url is not None
-    request = urllib.request.Request(url, headers={"Accept": accept})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-        assert response.status == 200
-        assert response.headers["Content-Type"].startswith(accept.split(";")[0])
-        return response.read().decode()
-
-
-def families(text: str) -> list[Metric]:
-    return list(parser.text_string_to_metric_families(text))
-
-
-def samples(text: str) -> Samples:
-    """``{sample name: {labels: value}}``."""
-    found: Samples = {}
-    for family in families(text):
-        for sample in family.samples:
-            labels = tuple(sorted(sample.labels.items()))
-            assert labels not in found.setdefault(sample.name, {}), f"{sample.name}{labels} twice"
-            found[sample.name][labels] = sample.value
-    return found
 
 
 def refused(port: int, address: str = "127.0.0.1") -> bool:
@@ -186,23 +153,6 @@ def every_step() -> list[redline.Monitor]:
         redline.GhostRadius(every=1),
         redline.StepHealth(),
     ]
-
-
-class Loop:
-    """A plain training loop, stepped by hand."""
-
-    def __init__(self, *sinks: redline.Sink, **arguments: Any) -> None:
-        self.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.session = redline.attach(self.model, self.optimizer, sinks=sinks, **arguments)
-
-    def step(self, loss_factor: float = 1.0) -> float:
-        self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(torch.randn(8, 6)), torch.randint(3, (8,))) * loss_factor
-        self.session.observe(loss=loss)
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
 
 
 # During a fit --------------------------------------------------------------------------------------------------------
@@ -419,9 +369,10 @@ def snapshot_of(value: float, layers: int = 200) -> Snapshot:
     return Snapshot(int(value), 0.0, RUN, MappingProxyType(values), MappingProxyType({}))
 
 
-def test_a_scrape_sees_one_snapshot():
+@pytest.mark.parametrize("max_series", [2000, 300])
+def test_a_scrape_sees_one_snapshot(max_series: int):
     snapshots = [snapshot_of(value) for value in range(1, 60)]
-    exporter = redline.PrometheusExporter(port=0)
+    exporter = redline.PrometheusExporter(port=0, max_series=max_series)
     exporter.open(snapshots[0])
     done = threading.Event()
     seen = []
@@ -431,20 +382,72 @@ def test_a_scrape_sees_one_snapshot():
             for snapshot in snapshots:
                 exporter.emit(snapshot)
 
+    def scrape_once() -> float:
+        found = samples(scrape(exporter.url))
+        (folded,) = found.pop("redline_folded_layers").values()
+        assert folded == 200 - len(found[PER_LAYER[0]])
+        assert (folded > 0) is (max_series < 1400)
+        assert sum(map(len, found.values())) < max_series
+        values = {value for name in found if name != "redline_run_info" for value in found[name].values()}
+        assert len(values) == 1
+        return values.pop()
+
     emitting = threading.Thread(target=emit)
     emitting.start()
     try:
-        for _ in range(25):
-            found = samples(scrape(exporter.url))
-            values = {value for name in (*PER_LAYER, *OF_THE_STEP) for value in found[name].values()}
-            assert len(values) == 1
-            assert sum(len(found[name]) for name in PER_LAYER) == 7 * 200
-            seen.append(values.pop())
+        with ThreadPoolExecutor(3) as scrapers:
+            seen = [scrape.result(TIMEOUT) for scrape in [scrapers.submit(scrape_once) for _ in range(25)]]
     finally:
         done.set()
         emitting.join(TIMEOUT)
         report_nothing(exporter)
     assert len(set(seen)) > 1
+
+
+class Kept(redline.Sink):
+    """Keeps every snapshot, by the number of steps taken."""
+
+    def __init__(self) -> None:
+        super().__init__(every=1)
+        self.snapshots: dict[float, Snapshot] = {}
+
+    def emit(self, snapshot: Snapshot) -> None:
+        self.snapshots[snapshot.value("redline_steps_total")] = snapshot
+
+
+def test_what_is_scraped_while_a_run_trains_belongs_to_one_step_of_it():
+    exporter, kept = redline.PrometheusExporter(port=0, every=1), Kept()
+    loop = Loop(exporter, kept, monitors=every_step())
+    done = threading.Event()
+    pages: list[str] = []
+
+    def scrape_on() -> None:
+        while not done.is_set():
+            pages.append(scrape(exporter.url))
+
+    with ThreadPoolExecutor(2) as scrapers:
+        scraping = [scrapers.submit(scrape_on) for _ in range(2)]
+        try:
+            losses = [loop.step() for _ in range(150)]
+        finally:
+            done.set()
+    loop.session.close()
+    for scraper in scraping:
+        scraper.result(TIMEOUT)
+    seen = set()
+    for found in map(samples, pages):
+        (step,) = found["redline_steps_total"].values()
+        if step:
+            seen.add(step)
+            del found["redline_run_info"], found["redline_folded_layers"]
+            assert found["redline_loss"][()] == pytest.approx(losses[int(step) - 1])
+            for name, series in found.items():
+                by_values = {
+                    tuple(dict(labels)[one] for one in redline.METRICS[name].labels): labels for labels in series
+                }
+                expected = kept.snapshots[step].series(name)
+                assert {values: series[labels] for values, labels in by_values.items()} == expected, name
+    assert len(seen) > 5
 
 
 def report_nothing(exporter: redline.PrometheusExporter) -> None:

@@ -21,7 +21,8 @@ class Model(nn.Module):
         super().__init__()
         self.convolution = nn.Conv2d(1, 10, 3, stride=2)
         self.transposed = nn.ConvTranspose1d(10, 7, 3)
-        self.tall, self.wide, self.column = nn.Linear(77, 150), nn.Linear(150, 90), nn.Linear(1, 90)
+        self.tall, self.wide, self.column = nn.Linear(77, 160), nn.Linear(140, 90), nn.Linear(1, 90)
+        self.large = nn.Linear(160, 140)
         self.experts = nn.Parameter(0.1 * torch.randn(3, 80, 90))
         self.embedding, self.head = nn.Embedding(20, 80), nn.Linear(80, 20, bias=False)
         self.head.weight = self.embedding.weight
@@ -31,7 +32,7 @@ class Model(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         h = F.gelu(self.transposed(F.gelu(self.convolution(images)).flatten(2))).flatten(1)
-        h = F.gelu(self.wide(F.gelu(self.tall(h))))
+        h = F.gelu(self.wide(F.gelu(self.large(F.gelu(self.tall(h))))))
         h = h + self.frozen(h) + self.column(h.mean(1, keepdim=True)) + self.zero(h)
         h = torch.einsum("emn,bn->bem", self.experts[:2], h).mean(1)  # the third expert gets no token
         return self.head(h + self.embedding(tokens))
@@ -45,7 +46,10 @@ def layers_of(model: Model) -> dict[str, Tensor]:
         "transposed.weight": torch.stack([transposed[:, out].flatten() for out in range(transposed.shape[1])]),
         "embedding.weight": model.embedding.weight,
         **{f"experts[{e}]": model.experts[e] for e in range(3)},
-        **{f"{name}.weight": getattr(model, name).weight for name in ("tall", "wide", "column", "unused", "zero")},
+        **{
+            f"{name}.weight": getattr(model, name).weight
+            for name in ("tall", "large", "wide", "column", "unused", "zero")
+        },
     }
     return {name: matrix.detach().double().clone() for name, matrix in layers.items()}
 
@@ -149,7 +153,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1, **
 
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 100), nn.Linear(100, 80), nn.Linear(80, 3))
+    return nn.Sequential(nn.Linear(8, 160), nn.Linear(160, 140), nn.Linear(140, 3))
 
 
 def test_a_zero_matrix_that_stays_zero_has_an_update_and_no_ratio():
@@ -304,6 +308,7 @@ def test_its_state_survives_a_checkpoint():
         went_on = run(session, model, optimizer, range(3, 6))
 
     state, weights = pickle.loads(saved)
+    assert state["monitors"]["UpdateSpectrum"]["layers"] == ["1.weight"]  # the only one that starts warm
     resumed = mlp()
     resumed.load_state_dict(weights)
     optimizer = torch.optim.SGD(resumed.parameters(), lr=0.1)

@@ -25,7 +25,8 @@ class Zoo(nn.Module):
         self.transposed = nn.ConvTranspose2d(80, 6, 2)
         self.conv1d = nn.Conv1d(6, 70, 5, padding=2)
         self.tall = nn.Linear(70, 200)
-        self.wide = nn.Linear(200, 90)
+        self.large = nn.Linear(200, 150)
+        self.wide = nn.Linear(150, 90)
         self.square = nn.Linear(90, 90)
         self.small = nn.Linear(90, 5)
         self.column = nn.Linear(1, 90)
@@ -48,7 +49,7 @@ class Zoo(nn.Module):
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         h = F.relu(self.grouped(F.relu(self.conv2d(images))))
         h = self.conv1d(self.transposed(h).flatten(2)).mean(2)
-        h = F.relu(self.wide(F.relu(self.tall(h))))
+        h = F.relu(self.wide(F.relu(self.large(F.relu(self.tall(h))))))
         h = self.norm(h + self.deficient(h) + F.pad(self.zero(h), (0, 20)))
         e = self.embedding(tokens) + self.position[0, tokens % 5] + self.token[0, 0]
         h = h + torch.tanh(self.square(e)) + self.column(self.row(e))
@@ -68,7 +69,7 @@ def matrices_of(model: Zoo) -> dict[str, Tensor]:
         "position": model.position[0],
         **{f"experts[{e}]": model.experts[e] for e in range(3)},
     }
-    for name in ("tall", "wide", "square", "small", "column", "row", "back", "deficient", "zero"):
+    for name in ("tall", "large", "wide", "square", "small", "column", "row", "back", "deficient", "zero"):
         matrices[f"{name}.weight"] = getattr(model, name).weight
     return {name: matrix.detach().double().clone() for name, matrix in matrices.items()}
 
@@ -159,7 +160,7 @@ def train(model: nn.Module, steps: int = 1, width: int = 8, **options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions(dtype):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 100), nn.Linear(100, 80), nn.Linear(80, 3)).to(dtype)
+    model = nn.Sequential(nn.Linear(8, 160), nn.Linear(160, 140), nn.Linear(140, 3)).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with redline.attach(model, optimizer, monitors=[WeightSpectrum(every=1)]) as session:
         model(torch.randn(4, 8, dtype=dtype)).square().mean().backward()
@@ -192,7 +193,7 @@ def test_a_model_of_two_precisions():
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_very_small_and_very_large_weights(scale):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(100, 80, bias=False)).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(160, 140, bias=False)).requires_grad_(False)
     model[0].requires_grad_(True)
     model[1].weight.mul_(scale)
     (session,) = train_first(model)
@@ -213,7 +214,7 @@ def train_first(model: nn.Sequential):
 
 def test_a_matrix_that_is_not_finite_is_counted_and_shown_as_nan():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 90), nn.Linear(90, 80)).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 160), nn.Linear(160, 140)).requires_grad_(False)
     model[0].requires_grad_(True)
     model[2].weight[3, 4] = math.nan
     (session,) = train_first(model)
@@ -226,7 +227,7 @@ def test_a_matrix_that_is_not_finite_is_counted_and_shown_as_nan():
 
 def test_a_matrix_that_was_nan_for_one_step_is_measured_at_the_next():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 90), nn.Linear(90, 80))
+    model = nn.Sequential(nn.Linear(8, 160), nn.Linear(160, 140))
     kept = model[1].weight.detach().clone()
     for step, session in enumerate(train(model, 3)):
         norms = session.latest.layers(NORM)
@@ -238,7 +239,7 @@ def test_a_matrix_that_was_nan_for_one_step_is_measured_at_the_next():
         with torch.no_grad():
             for layer in model:
                 layer.bias.zero_()
-            model[0].weight.copy_(torch.eye(90, 8))
+            model[0].weight.copy_(torch.eye(160, 8))
             model[1].weight.copy_(kept if step else torch.full_like(kept, math.nan))
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redline.numerics import binary_ghost_radius, ghost_radius, tangent_spread
+from redline.numerics.radii import normalized_step_size
 
 
 def nearest_zero(z: list[float], a: list[float], reach: float) -> float:
@@ -51,6 +52,14 @@ def zeros_within(z: list[float], a: list[float], radius: float, points: int = 40
         t = radius * cmath.exp(2j * math.pi * i / points)
         values.append(sum(cmath.exp(zk + ak * t) for zk, ak in zip(z, a, strict=True)))
     return round(sum(cmath.phase(after / before) for before, after in itertools.pairwise(values)) / math.tau)
+
+
+@pytest.mark.parametrize("quantile", [1.0, 0.9])
+@pytest.mark.parametrize("mask", [None, torch.ones(0, dtype=torch.bool)])
+def test_of_no_positions_r_is_0(quantile, mask):
+    r = normalized_step_size(torch.zeros(0, 3), mask, quantile)
+    assert r.shape == ()
+    assert r == 0
 
 
 class TestSpread:

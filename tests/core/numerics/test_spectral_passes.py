@@ -40,21 +40,22 @@ def moved(seed: int, rows: int, columns: int, by: float) -> tuple[Tensor, Tensor
     return before, before + by * change / torch.linalg.matrix_norm(change, 2)
 
 
-@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4, 1e-5])
 @pytest.mark.parametrize("by", [0.01, 0.1, 0.5, 2.0])
-def test_it_stops_within_the_tolerance_and_sooner_for_a_larger_one(tolerance, by):
-    errors, passes = [], []
-    for seed in range(6):
-        before, after = moved(seed, 300, 160, by)
-        state = top_singular_values([before]).state
-        estimate = top_singular_values([after], state, tolerance=tolerance)
-        true = torch.linalg.svdvals(after.double())[0]
-        errors.append(float(1 - estimate.sigma[0].double() / true))
-        passes.append(int(estimate.passes[0]))
-    assert max(errors) <= tolerance
-    assert min(errors) > -1e-6, "a Ritz value is an estimate from below"
-    loosest = top_singular_values([moved(0, 300, 160, by)[1]], top_singular_values([before]).state, tolerance=1e-1)
-    assert int(loosest.passes[0]) <= max(passes)
+def test_it_stops_within_the_tolerance_and_sooner_for_a_larger_one(by):
+    passes = []
+    for tolerance in (1e-2, 1e-3, 1e-4, 1e-5):
+        errors, total = [], 0
+        for seed in range(6):
+            before, after = moved(seed, 300, 160, by)
+            estimate = top_singular_values([after], top_singular_values([before]).state, tolerance=tolerance)
+            true = torch.linalg.svdvals(after.double())[0]
+            errors.append(float(1 - estimate.sigma[0].double() / true))
+            total += int(estimate.passes[0])
+        assert max(errors) <= tolerance
+        assert min(errors) > -1e-6, "a Ritz value is an estimate from below"
+        passes.append(total)
+    assert passes == sorted(passes)
+    assert passes[0] < passes[-1] or by < 0.5  # of what hardly moved the fewest will do
 
 
 def test_a_matrix_that_did_not_move_takes_the_fewest_passes():
