@@ -7,7 +7,7 @@ next copy that is made anyway.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -43,7 +43,10 @@ class Intervention:
 
 @dataclass(frozen=True)
 class Tally:
-    """All decisions of one kind by one controller: how many, at which steps, and the last one's words."""
+    """All decisions of one kind by one controller: how many, at which steps, and the last one's words.
+
+    ``by_design``: it gives every step its length, so that how often it acts says nothing of the run.
+    """
 
     controller: str
     action: str
@@ -51,6 +54,7 @@ class Tally:
     first_step: int
     last_step: int
     last_reason: str
+    by_design: bool = False
 
 
 class Untold(NamedTuple):
@@ -72,11 +76,11 @@ class InterventionLog:
         rejection: that of a step whose rejection was found out only after it had ended; the run has to stop.
     """
 
-    def __init__(self, readings: Readings) -> None:
-        """``readings``: where decisions are counted."""
+    def __init__(self, readings: Readings, by_design: Collection[str] = ()) -> None:
+        """``readings``: where decisions are counted; ``by_design``: controllers that act on every step."""
         self.latest: deque[Intervention] = deque(maxlen=_MOST_KEPT)
         self.rejection: Intervention | None = None
-        self._readings = readings
+        self._readings, self._by_design = readings, by_design
         self._tallies: dict[tuple[str, str], Tally] = {}
         self._untold: list[Untold] = []
         self._taken = False
@@ -155,7 +159,7 @@ class InterventionLog:
         one = Intervention(step, controller, decision.action, _in_words(decision, saw), saw)
         self.latest.append(one)
         kind = controller, one.action
-        so_far = self._tallies.get(kind, Tally(*kind, 0, step, step, one.reason))
+        so_far = self._tallies.get(kind, Tally(*kind, 0, step, step, one.reason, controller in self._by_design))
         self._tallies[kind] = replace(so_far, count=so_far.count + 1, last_step=step, last_reason=one.reason)
         count(metrics.INTERVENTIONS, 1, *kind)
         return one

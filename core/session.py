@@ -45,7 +45,7 @@ from redline.step import Step
 from redline.tangent_probe import TangentProbe
 from redline.transaction import StepTransaction
 
-_STATE_VERSION = 3
+_STATE_VERSION = 4
 _SETTLED = 10  # steps before the overhead is a reading: the first pays for what later ones reuse
 _SEED = 0x5EED  # of Redline's own random columns; the run's streams are never drawn from
 

@@ -312,6 +312,6 @@ def test_state_of_another_set_of_monitors_is_taken_up_as_far_as_it_goes() -> Non
 def test_state_of_an_unknown_version_is_refused() -> None:
     with (
         Run().attach() as session,
-        pytest.raises(ConfigurationError, match="got a session state of version 99; expected 3"),
+        pytest.raises(ConfigurationError, match="got a session state of version 99; expected 4"),
     ):
         session.load_state_dict({"version": 99})
