@@ -10,8 +10,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argpar
     parser = commands.add_parser(
         "doctor",
         help="say ahead of a run what will be measured of a model, how, and at what cost",
-        description="Makes the model, tries on one batch what a run will measure, and says what works, what it costs and "
-        "how to attach it. The exit status is 1 if something cannot be measured. Everything is tried on a copy.",
+        description="Makes the model, tries on one batch what a run will measure, and says what works, what it costs "
+        "and how to attach it. The exit status is 1 if something cannot be measured. Everything is tried on a copy.",
     )
     parser.add_argument(
         "model",

@@ -27,8 +27,8 @@ class Memory:
         parameters: of the model's own, for comparison.
         between_steps: kept from step to step by the default monitors: warm starts and remembered samples; None where no
             step could be taken.
-        due_step: held at a step at which something is due, from backward to commit: a copy of the parameters, the update
-            and the inputs. The tangent's own pass comes on top: about twice the activations of one forward pass.
+        due_step: held at a step at which something is due, from backward to commit: a copy of the parameters, the
+            update and the inputs. The tangent's pass comes on top: about twice the activations of one forward pass.
         controlled_step: held at every step as soon as there is a controller: a copy of the parameters.
         snapshot: kept by SpikeGuard: parameters, buffers and AdamW's state; None as above.
     """
@@ -98,8 +98,8 @@ def _prepared(subject: Subject) -> Subject:
             model(*subject.args, **subject.kwargs)
     except Exception as error:
         raise ConfigurationError(
-            f"calling {type(model).__name__} on its example inputs failed with {described(error)}; expected inputs that "
-            "its forward takes. Pass others by --input package.module:callable, or --shape with --dtype."
+            f"calling {type(model).__name__} on its example inputs failed with {described(error)}; expected inputs "
+            "that its forward takes. Pass others by --input package.module:callable, or --shape with --dtype."
         ) from error
     return replace(subject, model=model)
 

@@ -50,9 +50,9 @@ def load(
     """Make the model and its inputs.
 
     Args:
-        name: ``package.module:factory``, a callable without arguments that gives a ``nn.Module`` or ``(model, inputs)``;
-            the working directory is searched, too.
-        inputs: ``package.module:callable`` that gives inputs: a tensor, a tuple of positional or a dict of keyword ones.
+        name: ``package.module:factory``, a callable without arguments that gives a ``nn.Module`` or
+            ``(model, inputs)``; the working directory is searched, too.
+        inputs: ``package.module:callable`` that gives a tensor, a tuple of positional or a dict of keyword inputs.
         shape: of a single random input, the batch first: normal numbers, or integers below ``high``.
         dtype: of it, a torch dtype by name.
         high: integers are drawn from 0 to it, exclusive.
@@ -75,8 +75,8 @@ def load(
         given = _random(shape, dtype, high)
     elif given is None:
         raise ConfigurationError(
-            f"got no inputs for {name}; expected example inputs, since tangents are taken of a real forward pass: let it "
-            "return (model, inputs), or pass --input package.module:callable or --shape 8,64."
+            f"got no inputs for {name}; expected example inputs, since tangents are taken of a real forward pass: let "
+            "it return (model, inputs), or pass --input package.module:callable or --shape 8,64."
         )
     args, kwargs = _arguments(given)
     read = None if logits is None else _imported(logits, "--logits")
@@ -96,8 +96,8 @@ def _imported(name: str, option: str) -> Callable[..., Any]:
         found: Any = importlib.import_module(module_name)
     except Exception as error:
         raise ConfigurationError(
-            f"importing {module_name} for {option} failed with {described(error)}; expected a module that can be imported "
-            f"from here ({os.getcwd()}) or that is installed."
+            f"importing {module_name} for {option} failed with {described(error)}; expected a module that can be "
+            f"imported from here ({os.getcwd()}) or that is installed."
         ) from error
     for part in path.split("."):
         if not hasattr(found, part):

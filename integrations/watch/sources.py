@@ -86,8 +86,7 @@ def source_of(target: str, *, live: bool = True) -> Source:
         ConfigurationError: it is none of these.
     """
     if target.startswith(("http://", "https://")):
-        scheme, _, rest = target.partition("://")
-        return ExpositionSource(target if "/" in rest else f"{target}/metrics")
+        return ExpositionSource(target if "/" in target.partition("://")[2] else f"{target}/metrics")
     path = Path(target)
     if path.exists():
         return _record_source(path, live)
