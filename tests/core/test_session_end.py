@@ -180,7 +180,7 @@ def test_session_without_any_step_can_be_closed_and_reports_so() -> None:
         pass
     report = session.report()
     assert report.steps == 0
-    assert [verdict.text for verdict in report.verdicts] == ["No optimizer step was taken."]
+    assert [verdict.seen for verdict in report.verdicts] == ["No optimizer step was taken."]
     assert report.step_sizes is None
     assert report.overhead_ratio is None
 
