@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -95,6 +96,23 @@ def test_a_record_that_cannot_be_read_says_so():
     source.wait()
     with pytest.raises(ConfigurationError, match="got no record"):
         source.poll()
+
+
+def test_the_projects_own_reader_follows_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def follow(path: Path, *, live: bool) -> Iterator[Snapshot]:
+        asked.append((path, live))
+        yield snapshot(5)
+
+    monkeypatch.setitem(sys.modules, "redline.integrations.record", SimpleNamespace(follow=follow))
+    file = tmp_path / "run:1.jsonl"  # an address it is not, for it is there
+    file.write_text("")
+    once = source_of(str(file), live=False)
+    assert once.ended
+    assert [one.step for one in once.poll()] == [5]
+    source_of(str(file)).wait()
+    assert asked == [(file, False), (file, True)]
 
 
 # The loop ------------------------------------------------------------------------------------------------------------
@@ -216,8 +234,9 @@ def test_a_running_job_is_shown_once(job: str, capsys: pytest.CaptureFixture[str
 
 
 def test_ctrl_c_ends_the_command_with_status_0_and_leaves_the_job_alone(job: str):
-    program = f"import sys; from redline.integrations.cli import main; sys.exit(main(['watch', {job!r}, '--interval', '0.1']))"
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    program = "import sys; from redline.integrations.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [sys.executable, "-c", program, "watch", job, "--interval", "0.1"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()  # the first view's first line
         time.sleep(0.5)
