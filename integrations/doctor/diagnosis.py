@@ -77,9 +77,14 @@ def examine(subject: Subject) -> Diagnosis:
     if tangents.method is None:
         gaps.append("r is not measured: no way of taking the logit tangent works, see above.")
     if costs is not None:
-        gaps += [note for note in costs.notes if note not in gaps]
+        gaps += [note for note in costs.notes if note not in gaps and says_a_gap(note)]
         gaps += _absent(costs, coverage, told=bool(gaps))
     return Diagnosis(subject, coverage, tangents, _memory(tried, costs), costs, tuple(gaps))
+
+
+def says_a_gap(note: str) -> bool:
+    """Whether a note says that something is not measured, and not how it is."""
+    return "not measured" in note or "could not measure" in note
 
 
 def _prepared(subject: Subject) -> Subject:

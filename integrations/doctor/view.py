@@ -13,7 +13,7 @@ from rich.text import Text
 from redline.findings.thresholds import OVERHEAD
 from redline.integrations.doctor.cost import Costs
 from redline.integrations.doctor.coverage import Coverage
-from redline.integrations.doctor.diagnosis import Diagnosis, Memory
+from redline.integrations.doctor.diagnosis import Diagnosis, Memory, says_a_gap
 from redline.integrations.doctor.tangents import Tangents
 
 _MOST_SHAPES = 5
@@ -145,6 +145,7 @@ def _remarks(costs: Costs) -> Iterator[str]:
         f"The first measurement takes {_seconds(costs.first)}: spectra start cold. Weights are measured once for both "
         "spectrum monitors."
     )
+    yield from (note for note in costs.notes if not says_a_gap(note))
     if costs.unmoved:
         more = ", …" if len(costs.unmoved) > _MOST_NAMED else ""
         yield f"No gradient reached {', '.join(costs.unmoved[:_MOST_NAMED])}{more}: they have no update."

@@ -6,6 +6,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException, InvalidURL
 from types import MappingProxyType
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -64,7 +65,7 @@ def fetch(url: str) -> Snapshot:
 
     Raises:
         UnreachableError: nothing answers there, or not in time.
-        ConfigurationError: what answers is not Redline's exporter.
+        ConfigurationError: the address is none, or what answers is not Redline's exporter.
     """
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
@@ -74,7 +75,11 @@ def fetch(url: str) -> Snapshot:
             f"got status {error.code} ({error.reason}) from {url}; expected a page of metrics. Is the path right? "
             "PrometheusExporter serves /metrics."
         ) from error
-    except (OSError, ValueError) as error:  # URLError is an OSError, of a malformed address a ValueError
+    except (InvalidURL, ValueError) as error:
+        raise ConfigurationError(
+            f"got the address {url}, which is none ({error}); expected one such as http://127.0.0.1:9108/metrics."
+        ) from error
+    except (OSError, HTTPException) as error:
         raise UnreachableError(f"{url}: {getattr(error, 'reason', error)}") from error
     return snapshot_of(text, url)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ from redline.integrations.cli import main
 from redline.integrations.doctor.diagnosis import examine
 from redline.integrations.doctor.subject import load
 from redline.integrations.doctor.view import snippet
+
+README = Path(__file__).resolve().parents[3] / "README.md"
 
 
 def test_all_is_well(capsys: pytest.CaptureFixture[str]):
@@ -49,6 +53,12 @@ def test_mistakes_are_told_without_a_traceback(arguments: list[str], capsys: pyt
     err = capsys.readouterr().err
     assert "redline" in err
     assert "Traceback" not in err
+
+
+def test_the_command_in_the_readme_works(capsys: pytest.CaptureFixture[str]):
+    (line,) = re.findall(r"^redline (doctor .*)$", README.read_text(), re.MULTILINE)
+    assert main(shlex.split(line)) == 0
+    assert "math attention" in capsys.readouterr().out
 
 
 def test_the_suggested_lines_run():

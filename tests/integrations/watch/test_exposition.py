@@ -130,6 +130,7 @@ def test_a_port_that_nobody_serves_is_unreachable():
         fetch(url)
 
 
-def test_a_malformed_address_is_unreachable_and_no_traceback():
-    with pytest.raises(UnreachableError):
-        fetch("http://127.0.0.1:notaport/metrics")
+@pytest.mark.parametrize("url", ["http://127.0.0.1:notaport/metrics", "http://[::1/metrics"])
+def test_a_malformed_address_is_refused(url: str):
+    with pytest.raises(ConfigurationError, match="which is none"):
+        fetch(url)
