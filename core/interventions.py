@@ -32,6 +32,7 @@ class Intervention:
         action: "scale", "decay", "withhold", "reject", "rollback" or "stop".
         reason: what was seen and done, in words.
         saw: the numbers behind it.
+        by_design: its controller gives every step its length, so that how often it acts says nothing of the run.
     """
 
     step: int
@@ -39,14 +40,12 @@ class Intervention:
     action: str
     reason: str
     saw: Mapping[str, float]
+    by_design: bool = False
 
 
 @dataclass(frozen=True)
 class Tally:
-    """All decisions of one kind by one controller: how many, at which steps, and the last one's words.
-
-    ``by_design``: it gives every step its length, so that how often it acts says nothing of the run.
-    """
+    """All decisions of one kind by one controller: how many, at which steps, and the last one's words."""
 
     controller: str
     action: str
@@ -156,10 +155,11 @@ class InterventionLog:
 
     def _tell(self, step: int, controller: str, decision: Decision, count: Callable[..., None]) -> Intervention:
         saw = {key: float(value) for key, value in decision.saw.items()}
-        one = Intervention(step, controller, decision.action, _in_words(decision, saw), saw)
+        by_design = controller in self._by_design
+        one = Intervention(step, controller, decision.action, _in_words(decision, saw), saw, by_design)
         self.latest.append(one)
         kind = controller, one.action
-        so_far = self._tallies.get(kind, Tally(*kind, 0, step, step, one.reason, controller in self._by_design))
+        so_far = self._tallies.get(kind, Tally(*kind, 0, step, step, one.reason, by_design))
         self._tallies[kind] = replace(so_far, count=so_far.count + 1, last_step=step, last_reason=one.reason)
         count(metrics.INTERVENTIONS, 1, *kind)
         return one
