@@ -171,6 +171,11 @@ class Session:
         self._loss = loss.reshape(())
 
     @property
+    def seconds(self) -> tuple[float, float, float]:
+        """Seconds of training, of observing and of controlling so far; on CUDA some steps late unless synchronized."""
+        return self._time.totals()
+
+    @property
     def latest(self) -> Snapshot:
         """Everything measured so far, fetched from the device now if it has not been, which waits."""
         if self._unfetched or self._delivery.under_way:

@@ -245,7 +245,7 @@ def _stretch(point: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Te
     of the whole model, since what moves may itself be zero; no tensor moves by more than 8 times its own, or the whole
     model's, so that a step in one scalar stays a small one.
     """
-    whole = _root_mean_square(list(point.values()))
+    whole = _root_mean_square([tensor for tensor in point.values() if tensor.is_floating_point()])
     moved = _root_mean_square(list(direction.values()))
     stretch = whole / moved
     for name, tensor in direction.items():

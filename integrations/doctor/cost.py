@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,11 +92,9 @@ def measure_costs(subject: Subject) -> Costs:
         raise ConfigurationError(f"got a model from {subject.name} without a parameter that requires gradients.")
     optimizer = torch.optim.AdamW(trained)
     step = partial(_step, subject, optimizer)
-    started = time.perf_counter()
     for _ in range(_WARM_UP):
         step()
     unmoved = tuple(name for name, p in subject.model.named_parameters() if p.requires_grad and p.grad is None)
-    plain: list[float] = [step() for _ in range(_PAIRS if time.perf_counter() - started < _PATIENCE else 1)]
     monitors = default_monitors()
     rates = [sum(map(monitor.due, range(_HORIZON))) / _HORIZON for monitor in monitors]
     ticks: list[list[float]] = [[] for _ in monitors]
@@ -107,20 +105,20 @@ def measure_costs(subject: Subject) -> Costs:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RedlineWarning)  # they are told here
         with attach(subject.model, optimizer, monitors=monitors, logits=subject.logits) as session:
-            due, idle = _pairs(step)
+            due, idle = _pairs(step, session)
             snapshot, between = session.latest, _bytes_kept(session)
-    base = statistics.median(plain)
     each = [statistics.median(found[1:] or found or [0.0]) for found in ticks]
     always = sum(tick for tick, rate in zip(each, rates, strict=True) if rate == 1)
-    shared = max(statistics.median(due[1:]) - statistics.median(idle) - sum(each) + always, 0.0)
+    shared = statistics.median(one.own for one in due[1:]) - sum(each)
+    hooks = statistics.median(one.own for one in idle) - always
     costs = [
         *map(Cost, numbered([type(monitor).__name__ for monitor in monitors]), each, rates),
-        Cost("copies of parameters, inputs and readings", shared, min(rates)),
-        Cost("hooks and gradient norms", max(statistics.median(idle) - base - always, 0.0), 1.0),
+        Cost("copies of parameters, inputs and readings", max(shared - hooks, 0.0), min(rates)),
+        Cost("hooks and gradient norms", max(hooks, 0.0), 1.0),
     ]
     return Costs(
-        plain=base,
-        first=max(due[0] - base, 0.0),
+        plain=statistics.median(one.plain for one in idle),
+        first=due[0].own,
         costs=tuple(costs),
         between_steps=between,
         optimizer_state=bytes_of(tree_leaves([dict(state) for state in optimizer.state.values()])),
@@ -135,15 +133,24 @@ def bytes_of(values: Sequence[Any]) -> int:
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
 
 
-def _pairs(step: Callable[[], float]) -> tuple[list[float], list[float]]:
-    """Steps at which all is due, and between them steps at which nothing is."""
-    due: list[float] = []
-    idle: list[float] = []
+class _Watched(NamedTuple):
+    """One step: seconds of training, and of Redline."""
+
+    plain: float
+    own: float
+
+
+def _pairs(step: Callable[[], float], session: Session) -> tuple[list[_Watched], list[_Watched]]:
+    """Steps at which all is due, and between them steps at which only that is which always is."""
+    found: tuple[list[_Watched], list[_Watched]] = [], []
     started = time.perf_counter()
-    while len(due) <= _PAIRS and (len(due) <= _LEAST_PAIRS or time.perf_counter() - started < _PATIENCE):
-        due.append(step())
-        idle.append(step())
-    return due, idle
+    while len(found[0]) <= _PAIRS and (len(found[0]) <= _LEAST_PAIRS or time.perf_counter() - started < _PATIENCE):
+        for kind in found:
+            before = session.seconds[1]
+            took = step()
+            own = session.seconds[1] - before
+            kind.append(_Watched(took - own, own))
+    return found
 
 
 def _step(subject: Subject, optimizer: torch.optim.Optimizer) -> float:

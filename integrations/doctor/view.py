@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
-from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
@@ -37,14 +36,14 @@ def diagnosis_view(diagnosis: Diagnosis) -> RenderableType:
         parts += [Text(f"  ✗ {gap}") for gap in diagnosis.gaps]
     else:
         parts.append(Text("✓ All of it can be measured.", style="bold green"))
-    parts += [Text(), Text("Attach it so", style="bold"), Syntax(snippet(diagnosis), "python", theme="ansi_dark")]
-    return Panel(
+    panel = Panel(
         Group(*parts),
         title=Text(f"redline doctor · {diagnosis.subject.name}"),
         title_align="left",
         border_style="red",
         padding=(1, 2),
     )
+    return Group(panel, Text(), Text("Attach it so:", style="bold"), Text(), Text(snippet(diagnosis)))  # to be copied
 
 
 def snippet(diagnosis: Diagnosis) -> str:
@@ -60,14 +59,14 @@ def snippet(diagnosis: Diagnosis) -> str:
     costs = diagnosis.costs
     if costs is not None and costs.share > OVERHEAD:
         options.append(f"overhead_budget={OVERHEAD:g}")
-    lines.append(f"with redline.attach(model, optimizer, {', '.join(options)}) as session:")
-    lines.append("    ...  # the training loop; session.observe(loss=loss) ahead of loss.backward()")
+    lines += ["with redline.attach(", *(f"    {one}," for one in ("model", "optimizer", *options)), ") as session:"]
+    lines.append("    ...  # the training loop, with session.observe(loss=loss) ahead of loss.backward()")
     return "\n".join(lines)
 
 
 def _coverage(coverage: Coverage) -> RenderableType:
     shapes = [f"{d_out}×{d_in}" + (f" ({n} times)" if n > 1 else "") for (d_out, d_in), n in coverage.shapes.items()]
-    more = f", and {len(shapes) - _MOST_SHAPES} other shapes" if len(shapes) > _MOST_SHAPES else ""
+    more = f", {len(shapes) - _MOST_SHAPES} more" if len(shapes) > _MOST_SHAPES else ""
     count = len(coverage.matrices)
     table = _grid("What is measured")
     largest = "" if coverage.largest is None else f", the largest {coverage.largest.name}"
@@ -116,7 +115,7 @@ def _memory(memory: Memory) -> RenderableType:
     ]
     for name, size, what in rows:
         if size is not None:
-            share = f" ({size / memory.parameters:.0%} of the parameters)" if memory.parameters else ""
+            share = f" ({100 * size / memory.parameters:.3g} % of the parameters)" if memory.parameters else ""
             table.add_row(name, Text(f"{_bytes(size)}{share}: {what}"))
     return table
 

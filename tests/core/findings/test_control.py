@@ -71,5 +71,5 @@ def test_in_a_real_run_the_clamp_carries_and_what_sets_every_length_does_not(
             optimizer.step()
             optimizer.zero_grad()
     report = session.report()
-    assert next(one.count for one in report.interventions if one.action == "scale") == 20
+    assert next(one.count for one in report.interventions if one.action == "scale") >= 20
     assert ("clamp_carries_the_run" in [one.rule for one in report.verdicts]) == carried

@@ -138,7 +138,11 @@ def test_memory_is_that_of_the_copies(mlp: Diagnosis):
     assert memory.due_step == 2 * 4 * size + 4 * 8 * 12
     tensors = len(list(mlp.subject.model.parameters()))
     assert memory.snapshot == 3 * 4 * size + 4 * tensors  # AdamW counts steps in a float32 a parameter
-    assert memory.between_steps > 0
+
+
+def test_what_is_kept_between_steps_is_what_a_session_keeps():
+    found = diagnosis_of("mlp", shape=(64, 12))
+    assert found.memory.between_steps == 4 * 12 * 4  # the four samples that bound, of 12 float32; the rest is small
 
 
 def test_half_precision_updates_are_wide():
@@ -172,7 +176,7 @@ def test_the_model_and_random_numbers_are_left_alone():
     ("name", "options", "message"),
     [
         ("mlp", {"shape": (8, 11)}, "calling Sequential on its example inputs failed with RuntimeError: mat1 and mat2"),
-        ("KeywordsOnly", {"inputs": "doctor_models:keyword_inputs"}, "got a tuple as logits; .*--logits"),
+        ("KeywordsOnly", {"inputs": "doctor_models:keyword_inputs"}, "got a str as logits; .*--logits"),
         ("Frozen", {"shape": (8, 12)}, "without a parameter that requires gradients"),
     ],
 )

@@ -23,7 +23,7 @@ README = Path(__file__).resolve().parents[3] / "README.md"
 def test_all_is_well(capsys: pytest.CaptureFixture[str]):
     assert main(["doctor", "doctor_models:mlp", "--shape", "8,12"]) == 0
     text = capsys.readouterr().out
-    for words in ("0.weight", "16×16", "forward mode", "found, of shape (8, 4)", "between steps", "GhostRadius", "50"):
+    for words in ("3.weight", "16×16", "forward mode", "found, of shape (8, 4)", "between steps", "GhostRadius", "50"):
         assert words in text
     assert "All of it can be measured" in text
     assert "redline.attach(" in text

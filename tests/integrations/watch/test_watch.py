@@ -203,11 +203,12 @@ model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Lin
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 exporter = redline.PrometheusExporter(port=0, every=1)
 with redline.attach(model, optimizer, sinks=[exporter], run="the-job") as session:
-    print(exporter.url, flush=True)
-    while True:
+    for step in range(10_000):
         model(torch.randn(8, 5)).logsumexp(-1).mean().backward()
         optimizer.step()
         time.sleep(0.05)
+        if step == 3:
+            print(exporter.url, flush=True)
 """
 
 
