@@ -60,7 +60,7 @@ def snippet(diagnosis: Diagnosis) -> str:
     if costs is not None and costs.share > OVERHEAD:
         options.append(f"overhead_budget={OVERHEAD:g}")
     lines += ["with redline.attach(", *(f"    {one}," for one in ("model", "optimizer", *options)), ") as session:"]
-    lines.append("    ...  # the training loop, with session.observe(loss=loss) ahead of loss.backward()")
+    lines.append("    ...  # the training loop")
     return "\n".join(lines)
 
 
