@@ -76,11 +76,11 @@ def try_tangents(subject: Subject) -> Tangents:
     reference = taken.get(FINITE_DIFFERENCE)
     trials = []
     for method in METHODS:
-        error = _error(taken[method], reference) if method in taken and method != FINITE_DIFFERENCE else None
+        off = _disagreement(taken[method], reference) if method in taken and method != FINITE_DIFFERENCE else None
         reason = reasons.get(method, "")
-        if error is not None and error > AGREEMENT:
-            reason = f"its tangent is off by {error:.0%} from a finite difference"
-        trials.append(TangentTrial(method, error, reason))
+        if off is not None and off > AGREEMENT:
+            reason = f"its tangent is off by {off:.0%} from a finite difference"
+        trials.append(TangentTrial(method, off, reason))
     first = next(iter(taken.values()), None)
     return Tangents(
         tuple(trials),
@@ -98,6 +98,6 @@ def _direction(subject: Subject) -> dict[str, Tensor]:
     }
 
 
-def _error(taken: LogitTangent, reference: LogitTangent | None) -> float | None:
-    error = math.nan if reference is None else disagreement(taken, reference)
-    return error if math.isfinite(error) else None
+def _disagreement(taken: LogitTangent, reference: LogitTangent | None) -> float | None:
+    off = math.nan if reference is None else disagreement(taken, reference)
+    return off if math.isfinite(off) else None
