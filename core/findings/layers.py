@@ -16,6 +16,7 @@ from redline.findings.thresholds import (
     GROWTH_AMONG_LAYERS,
     HARD_PUSH,
     START,
+    TABLES,
 )
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _MOST_NAMED = 3
 
 
 def layer_grew_alone(report: StabilityReport) -> Finding | None:
-    """A layer's sigma_1 grew several times over while the others did not, and it now stands above them."""
+    """A layer's sigma_1 grew several times over, the others' did not, and it stands above them; tables are left out."""
     known = [layer for layer in report.layers if _finite(layer.growth) and _finite(layer.condition)]
     if len(known) < ENOUGH_LAYERS:
         return None
@@ -35,7 +36,8 @@ def layer_grew_alone(report: StabilityReport) -> Finding | None:
         (
             layer
             for layer in known
-            if _figure(layer.growth) > max(GROWTH, GROWTH_AMONG_LAYERS * growth)
+            if not _is_table(layer.name)
+            and _figure(layer.growth) > max(GROWTH, GROWTH_AMONG_LAYERS * growth)
             and _figure(layer.condition) > GROWTH_AMONG_LAYERS * condition
         ),
         key=lambda layer: -_figure(layer.growth),
@@ -76,11 +78,12 @@ def layer_pushed_hard(report: StabilityReport) -> Finding | None:
 
 
 def stable_rank_collapsed(report: StabilityReport) -> Finding | None:
-    """A layer's stable rank fell to little more than 1."""
+    """A layer's stable rank fell to little more than 1; tables of tokens and positions are left out."""
     found = [
         layer
         for layer in report.layers
-        if layer.stable_rank is not None
+        if not _is_table(layer.name)
+        and layer.stable_rank is not None
         and layer.first_stable_rank is not None
         and layer.stable_rank < COLLAPSED_RANK
         and layer.first_stable_rank > COLLAPSE * layer.stable_rank
@@ -96,6 +99,10 @@ def stable_rank_collapsed(report: StabilityReport) -> Finding | None:
         "Raise this layer's weight decay, or lower its rate; if it is the first or last layer, look for inputs or "
         "classes that are all alike.",
     )
+
+
+def _is_table(name: str) -> bool:
+    return any(part in name.lower() for part in TABLES)
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -33,9 +33,14 @@ is near the redline from 0.5 on."""
 GROWTH = 3.0
 """Times that a layer's sigma_1 grew over the run before it is looked at. Redline's choice."""
 
-GROWTH_AMONG_LAYERS = 2.0
+GROWTH_AMONG_LAYERS = 4.0
 """Times the median layer's growth, and the median layer's spectral condition, that such a layer has to exceed to stand
-out. Redline's choice: a layer that started small and comes up to the others is healthy."""
+out. Redline's choice: a layer that started small and comes up to the others is healthy, and so was a language model's
+head that had grown 3 times as much as the median."""
+
+TABLES = ("embed", "position", "pos_emb", "token", "wte", "wpe")
+"""Parts of names by which tables of tokens and positions are known: these start small, and their rows come to share a
+mean, in healthy runs too. Redline's choice."""
 
 ENOUGH_LAYERS = 3
 """Layers below which none is said to stand out. Redline's choice."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pytest
 from reports import Key, report_of
 
 from redline.findings.layers import layer_grew_alone, layer_pushed_hard, stable_rank_collapsed
@@ -36,13 +37,22 @@ def test_layers_that_grew_together_do_not_stand_out():
 
 
 def test_a_layer_that_started_small_and_came_up_to_the_others_is_healthy():
-    growth = {"a": 1.0, "b": 1.1, "c": 1.2, "position": 9.0}
-    assert layer_grew_alone(grown(growth, {"a": 2.0, "b": 2.0, "c": 2.0, "position": 2.1})) is None
+    growth = {"a": 1.0, "b": 1.1, "c": 1.2, "head": 9.0}
+    assert layer_grew_alone(grown(growth, {"a": 2.0, "b": 2.0, "c": 2.0, "head": 8.0})) is None
+    assert layer_grew_alone(grown(growth, {"a": 2.0, "b": 2.0, "c": 2.0, "head": 8.1})) is not None
 
 
-def test_growth_up_to_three_times_is_no_finding():
-    assert layer_grew_alone(grown({"a": 1.0, "b": 1.0, "c": 1.0, "d": 3.0})) is None
-    assert layer_grew_alone(grown({"a": 1.0, "b": 1.0, "c": 1.0, "d": 3.1})) is not None
+@pytest.mark.parametrize(("others", "most"), [(1.0, 4.0), (2.0, 8.0), (0.5, 3.0)])
+def test_growth_up_to_four_times_the_others_and_at_least_three_is_no_finding(others: float, most: float):
+    layers, strong = {"a": others, "b": others, "c": others}, {"a": 1.0, "b": 1.0, "c": 1.0, "d": 9.0}
+    assert layer_grew_alone(grown({**layers, "d": most}, strong)) is None
+    assert layer_grew_alone(grown({**layers, "d": 1.03 * most}, strong)) is not None
+
+
+@pytest.mark.parametrize("name", ["net.position", "embedding.weight", "transformer.wte.weight", "Embed.0"])
+def test_tables_of_tokens_and_positions_are_left_out(name: str):
+    assert layer_grew_alone(grown({"a": 1.0, "b": 1.1, "c": 1.2, name: 9.0})) is None
+    assert stable_rank_collapsed(ranked(12.0, 1.2, name)) is None
 
 
 def test_of_two_layers_none_stands_out():
@@ -87,12 +97,12 @@ def test_what_healthy_runs_do_is_no_finding():
 # Stable rank ---------------------------------------------------------------------------------------------------------
 
 
-def ranked(first: float, last: float) -> StabilityReport:
+def ranked(first: float, last: float, name: str = "a") -> StabilityReport:
     courses: dict[Key, list[tuple[int, float]]] = {
-        ("redline_weight_spectral_norm", "a"): [(0, 1.0), (950, 1.0)],
-        ("redline_weight_stable_rank", "a"): [(0, first), (950, last)],
+        ("redline_weight_spectral_norm", name): [(0, 1.0), (950, 1.0)],
+        ("redline_weight_stable_rank", name): [(0, first), (950, last)],
     }
-    return report_of(STEPS, courses=courses, values={("redline_weight_stable_rank", "a"): last})
+    return report_of(STEPS, courses=courses, values={("redline_weight_stable_rank", name): last})
 
 
 def test_a_stable_rank_that_fell_towards_one_is_named():
