@@ -109,7 +109,7 @@ def _figures(snapshot: Snapshot, trail: Trail) -> Table:
     r = scalar(metrics.NORMALIZED_STEP_SIZE)
     r_text = Text("–") if r is None else Text(number(r), style=step_size_style(r))
     table.add_row("r", r_text, step_size_gauge(r, _WIDTH - 1))
-    table.add_row("", "", sparkline(trail.step_sizes, _WIDTH, step_size_style, top=1.0))
+    table.add_row("lately", "", sparkline(trail.step_sizes, _WIDTH, step_size_style, top=1.0))
     scale, did = scalar(metrics.STEP_SCALE), snapshot.series(metrics.INTERVENTIONS.name)
     acted = ", ".join(f"{controller} {action} ×{n:.0f}" for (controller, action), n in did.items() if n)
     table.add_row("scale", number(scale), Text(acted or "no interventions", style="yellow" if acted else "dim"))
