@@ -73,7 +73,7 @@ class Control:
         Raises:
             ConfigurationError: there are controllers, and an optimizer or a run that they must not touch.
         """
-        self.log = InterventionLog(readings)
+        self.log = InterventionLog(readings, {name for name, one in controllers if one.lengthens})
         self._controllers, self._optimizers = controllers, optimizers
         self._transaction, self._readings = transaction, readings
         self._states: list[tuple[Optimizer, OptimizerState]] = []

@@ -7,7 +7,7 @@ next copy that is made anyway.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ class Intervention:
         action: "scale", "decay", "withhold", "reject", "rollback" or "stop".
         reason: what was seen and done, in words.
         saw: the numbers behind it.
+        by_design: its controller gives every step its length, so that how often it acts says nothing of the run.
     """
 
     step: int
@@ -39,6 +40,7 @@ class Intervention:
     action: str
     reason: str
     saw: Mapping[str, float]
+    by_design: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Tally:
     first_step: int
     last_step: int
     last_reason: str
+    by_design: bool = False
 
 
 class Untold(NamedTuple):
@@ -73,12 +76,12 @@ class InterventionLog:
         rejection: that of a step whose rejection was found out only after it had ended; the run has to stop.
     """
 
-    def __init__(self, readings: Readings) -> None:
-        """``readings``: where decisions are counted."""
+    def __init__(self, readings: Readings, by_design: Collection[str] = ()) -> None:
+        """``readings``: where decisions are counted; ``by_design``: controllers that act on every step."""
         self.latest: deque[Intervention] = deque(maxlen=_MOST_KEPT)
         self.told = 0
         self.rejection: Intervention | None = None
-        self._readings = readings
+        self._readings, self._by_design = readings, by_design
         self._tallies: dict[tuple[str, str], Tally] = {}
         self._untold: list[Untold] = []
         self._taken = False
@@ -154,7 +157,8 @@ class InterventionLog:
 
     def _tell(self, step: int, controller: str, decision: Decision, count: Callable[..., None]) -> Intervention:
         saw = {key: float(value) for key, value in decision.saw.items()}
-        one = Intervention(step, controller, decision.action, _in_words(decision, saw), saw)
+        by_design = controller in self._by_design
+        one = Intervention(step, controller, decision.action, _in_words(decision, saw), saw, by_design)
         self.latest.append(one)
         self.told += 1
         tally(self._tallies, one)
@@ -165,7 +169,7 @@ class InterventionLog:
 def tally(tallies: dict[tuple[str, str], Tally], one: Intervention) -> None:
     """Count one in, under its controller and action."""
     kind = one.controller, one.action
-    so_far = tallies.get(kind, Tally(*kind, 0, one.step, one.step, one.reason))
+    so_far = tallies.get(kind, Tally(*kind, 0, one.step, one.step, one.reason, one.by_design))
     tallies[kind] = replace(so_far, count=so_far.count + 1, last_step=one.step, last_reason=one.reason)
 
 

@@ -58,7 +58,7 @@ WEIGHT_SPECTRAL_NORM = _define(
 WEIGHT_SPECTRAL_RESIDUAL = _define(
     "weight_spectral_residual", "gauge", "1", "Relative residual of the estimate of sigma_1(W).", "layer"
 )
-WEIGHT_STABLE_RANK = _define("weight_stable_rank", "gauge", "1", "||W||_F^2 / sigma_1(W)^2.", "layer")
+WEIGHT_STABLE_RANK = _define("weight_stable_rank", "gauge", "1", "||W||_F^2 / sigma_1(W)^2.", "layer", tracked=True)
 WEIGHT_SPECTRAL_CONDITION = _define(
     "weight_spectral_condition", "gauge", "1", "sigma_1(W) / sqrt(d_out / d_in).", "layer"
 )

@@ -1,22 +1,21 @@
-"""The stability report: what a run's measurements come to, with a verdict in words."""
+"""The stability report: what a run's measurements come to, with findings in words."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from redline import metrics
-from redline.history import STEP_SIZE_EDGES, RunHistory
+from redline.findings import Finding, findings_of
+from redline.findings.thresholds import NEAR, OVER
+from redline.history import STEP_SIZE_EDGES, Course, RunHistory
 from redline.interventions import Tally
 from redline.numerics.tangents import FORWARD_MODE
-from redline.readings import RunInfo, Snapshot
+from redline.readings import RunInfo, Series, Snapshot
 from redline.run_snapshot import RunSnapshot
-
-NEAR = 0.5
-"""From this r on a step is called near the redline: half of what the bound allows; an edge of the histogram."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,9 @@ class StepSizes:
         samples: samples of the batch the last r is the maximum over, of ``batch`` in it.
         method: how many tangents were taken by each method.
         histogram: ``(from, to, count)`` of r.
+        first_nonfinite: the first step at which it was not finite, or None.
+        over_steps: those measured with r >= 1, in order; of more than 1,024, every other one was dropped.
+        highest_by_tenth: the highest r in each tenth of the run; None where none was measured.
     """
 
     measured: int
@@ -42,13 +44,17 @@ class StepSizes:
     near: int
     over: int
     histogram: tuple[tuple[float, float, int], ...]
+    first_nonfinite: int | None
+    over_steps: tuple[int, ...]
+    highest_by_tenth: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
 class LayerSummary:
     """One matrix over the run: its spectral norm and the hardest update it took; None for what was not measured.
 
-    ``ceiling`` and ``weight_decay`` are what controllers hold it by, last.
+    ``ceiling`` and ``weight_decay`` are what controllers hold it by, last. ``stable_rank`` is the last one measured,
+    ``first_stable_rank`` the first.
     """
 
     name: str
@@ -56,6 +62,7 @@ class LayerSummary:
     growth: float | None
     condition: float | None
     stable_rank: float | None
+    first_stable_rank: float | None
     hardest_update: float | None
     hardest_step: int | None
     ceiling: float | None
@@ -97,11 +104,11 @@ class KeptSnapshot:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """One finding: how bad it is, what was seen and what to do about it."""
+class FirstNonFinite:
+    """Where a value that was not finite was seen first, as far as it is known."""
 
-    level: Literal["good", "watch", "bad"]
-    text: str
+    what: str
+    step: int
 
 
 @dataclass(frozen=True)
@@ -117,14 +124,16 @@ class StabilityReport:
         overhead_budget: what monitoring may take of training time; None without a limit.
         put_off: monitor to how often it fell due and was put off, to keep to the budget.
         first_loss, last_loss: as observed, or None.
+        losses: the median loss of each tenth of the run; None where none was observed.
         step_sizes: the distribution of r, or None if it was never measured.
         binding: of each radius, how often it bound; empty if only that of the output was measured, or none.
         layers: every matrix, the hardest pushed first.
         nonfinite: source to count.
+        first_nonfinite: where such a value was seen first, or None.
         interventions: what the controllers did, one entry a controller and action.
         snapshots: what they hold to go back to.
         notes: what could not be measured, in words.
-        verdicts: worst first.
+        verdicts: what was found, worst first.
     """
 
     run: RunInfo
@@ -136,14 +145,16 @@ class StabilityReport:
     put_off: dict[str, int]
     first_loss: float | None
     last_loss: float | None
+    losses: tuple[float | None, ...]
     step_sizes: StepSizes | None
     binding: tuple[BindingRadius, ...]
     layers: tuple[LayerSummary, ...]
     nonfinite: dict[str, int]
+    first_nonfinite: FirstNonFinite | None
     interventions: tuple[Tally, ...]
     snapshots: tuple[KeptSnapshot, ...]
     notes: tuple[str, ...]
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[Finding, ...]
 
     @classmethod
     def of(
@@ -158,15 +169,13 @@ class StabilityReport:
     ) -> StabilityReport:
         """Sum up a run."""
         loss = history.course(metrics.LOSS.name)
-        sizes = _step_sizes(snapshot, history)
         nonfinite = {labels[0]: int(count) for labels, count in snapshot.series(metrics.NONFINITE.name).items()}
-        layers = _layers(snapshot, history)
         steps = int(snapshot.value(metrics.STEPS.name))
         overhead, monitoring = (
             snapshot.series(ratio.name).get(()) if steps else None
             for ratio in (metrics.OVERHEAD_RATIO, metrics.MONITORING_RATIO)
         )
-        return cls(
+        report = cls(
             run=snapshot.run,
             steps=steps,
             seconds=seconds,
@@ -176,19 +185,22 @@ class StabilityReport:
             put_off={labels[0]: int(count) for labels, count in snapshot.series(metrics.PUT_OFF.name).items()},
             first_loss=loss.first if loss else None,
             last_loss=loss.last if loss else None,
-            step_sizes=sizes,
+            losses=_by_tenth(history.losses, steps, statistics.median),
+            step_sizes=_step_sizes(snapshot, history, steps),
             binding=_binding(snapshot, history, steps),
-            layers=layers,
+            layers=_layers(snapshot, history),
             nonfinite=nonfinite,
+            first_nonfinite=_first_nonfinite(history),
             interventions=tuple(interventions),
             snapshots=tuple(snapshots),
             notes=notes,
-            verdicts=_verdicts(sizes, nonfinite, steps, interventions),
+            verdicts=(),
         )
+        return replace(report, verdicts=findings_of(report))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, numbers and strings."""
-        return asdict(self)
+        return {**asdict(self), "verdicts": [{**asdict(one), "text": one.text} for one in self.verdicts]}
 
     def __rich__(self) -> Any:
         from redline.report_view import report_view  # rich is loaded only by who prints
@@ -196,7 +208,7 @@ class StabilityReport:
         return report_view(self)
 
 
-def _step_sizes(snapshot: Snapshot, history: RunHistory) -> StepSizes | None:
+def _step_sizes(snapshot: Snapshot, history: RunHistory, steps: int) -> StepSizes | None:
     course = history.course(metrics.NORMALIZED_STEP_SIZE.name)
     if course is None:
         return None
@@ -215,10 +227,51 @@ def _step_sizes(snapshot: Snapshot, history: RunHistory) -> StepSizes | None:
         p95=finite[math.ceil(0.95 * len(finite)) - 1],
         highest=course.highest,
         highest_step=course.highest_step,
-        near=sum(count for low, _, count in bins if NEAR <= low < 1),
-        over=sum(count for low, _, count in bins if low >= 1),
+        near=sum(count for low, _, count in bins if NEAR <= low < OVER),
+        over=sum(count for low, _, count in bins if low >= OVER),
         histogram=tuple(bins),
+        first_nonfinite=course.first_nonfinite,
+        over_steps=tuple(step for step, _ in history.long_steps),
+        highest_by_tenth=_by_tenth([*history.step_sizes, *history.long_steps], steps, max),
     )
+
+
+def _by_tenth(
+    values: Sequence[tuple[int, float]], steps: int, figure: Callable[[list[float]], float]
+) -> tuple[float | None, ...]:
+    """A figure of the finite values in each tenth of the run, None where there are none; empty without steps."""
+    tenths: list[list[float]] = [[] for _ in range(10)] if steps else []
+    for step, value in values if steps else ():
+        if math.isfinite(value):
+            tenths[min(10 * step // steps, 9)].append(value)
+    return tuple(figure(tenth) if tenth else None for tenth in tenths)
+
+
+_WATCHED = {
+    metrics.LOSS.name: "the loss",
+    metrics.GRADIENT_NORM.name: "the gradients",
+    metrics.UPDATE_NORM.name: "the update",
+    metrics.UPDATE_SPECTRAL_NORM.name: "the update of {}",
+    metrics.WEIGHT_SPECTRAL_NORM.name: "{}",
+}
+"""Series that count as not finite, and what they are called; of one step the first in order."""
+
+
+def _first_nonfinite(history: RunHistory) -> FirstNonFinite | None:
+    def place(found: tuple[Series, Course]) -> tuple[int, int]:
+        series, course = found
+        assert course.first_nonfinite is not None
+        return course.first_nonfinite, list(_WATCHED).index(series.metric)
+
+    broken = [
+        (series, course)
+        for series, course in history.courses.items()
+        if series.metric in _WATCHED and course.first_nonfinite is not None
+    ]
+    if not broken:
+        return None
+    first = min(broken, key=place)
+    return FirstNonFinite(_WATCHED[first[0].metric].format(*first[0].labels), place(first)[0])
 
 
 _LAYER_METRICS = {"attention": metrics.ATTENTION_STEP_SIZE, "activation": metrics.ACTIVATION_STEP_SIZE}
@@ -245,6 +298,7 @@ def _layers(snapshot: Snapshot, history: RunHistory) -> tuple[LayerSummary, ...]
     ratios = history.layers(metrics.UPDATE_TO_WEIGHT_RATIO.name)
     conditions = snapshot.layers(metrics.WEIGHT_SPECTRAL_CONDITION.name)
     ranks = snapshot.layers(metrics.WEIGHT_STABLE_RANK.name)
+    first_ranks = history.layers(metrics.WEIGHT_STABLE_RANK.name)
     ceilings = snapshot.layers(metrics.WEIGHT_SPECTRAL_CEILING.name)
     decays = snapshot.layers(metrics.WEIGHT_DECAY_IN_FORCE.name)
     found = [
@@ -254,6 +308,7 @@ def _layers(snapshot: Snapshot, history: RunHistory) -> tuple[LayerSummary, ...]
             growth=course.last / course.first if course.first and course.measured > 1 else None,
             condition=conditions.get(name),
             stable_rank=ranks.get(name),
+            first_stable_rank=first_ranks[name].first if name in first_ranks else None,
             hardest_update=ratios[name].highest if name in ratios else None,
             hardest_step=ratios[name].highest_step if name in ratios else None,
             ceiling=ceilings.get(name),
@@ -267,62 +322,3 @@ def _layers(snapshot: Snapshot, history: RunHistory) -> tuple[LayerSummary, ...]
 def hardness(update: float | None) -> float:
     """To sort layers by their update: those without one last, those whose update was not finite first."""
     return -1.0 if update is None else math.inf if math.isnan(update) else update
-
-
-def _verdicts(
-    sizes: StepSizes | None, nonfinite: dict[str, int], steps: int, interventions: Sequence[Tally]
-) -> tuple[Verdict, ...]:
-    found: list[Verdict] = []
-    scaled = max((one.count for one in interventions if one.action == "scale"), default=0)
-    if broken := {source: count for source, count in nonfinite.items() if count}:
-        sources = ", ".join(f"{source} {count} times" for source, count in broken.items())
-        found.append(
-            Verdict("bad", f"Values were not finite: {sources}. Look at the data and the rate of those steps first.")
-        )
-    if sizes is not None and sizes.nonfinite:
-        found.append(
-            Verdict(
-                "bad",
-                f"r was not finite at {sizes.nonfinite} of {sizes.measured} measured steps: the step or the logits had "
-                "overflowed by then.",
-            )
-        )
-    if not steps:
-        found.append(Verdict("watch", "No optimizer step was taken."))
-    elif sizes is None:
-        found.append(Verdict("watch", "The step size r was not measured, so nothing is said of the redline."))
-    elif sizes.over and scaled:
-        found.append(
-            Verdict(
-                "watch",
-                f"Over the redline, and held: {sizes.over} of {sizes.measured} measured steps were proposed with "
-                f"r >= 1, the longest r = {sizes.highest:.3g} at step {sizes.highest_step}; controllers scaled "
-                f"{scaled} of all steps. If that goes on, lower the rate or lengthen the warm-up.",
-            )
-        )
-    elif sizes.over:
-        found.append(
-            Verdict(
-                "bad",
-                f"Over the redline: {sizes.over} of {sizes.measured} measured steps had r >= 1, the longest "
-                f"r = {sizes.highest:.3g} at step {sizes.highest_step}. The loss cannot be trusted to follow such "
-                "steps: lower the rate, lengthen the warm-up, or clamp the step.",
-            )
-        )
-    elif sizes.near:
-        found.append(
-            Verdict(
-                "watch",
-                f"Near the redline: the longest measured step had r = {sizes.highest:.3g} (step {sizes.highest_step}), "
-                f"and {sizes.near} of {sizes.measured} were at {NEAR} or more. There is little room for a higher rate.",
-            )
-        )
-    elif not sizes.nonfinite:
-        found.append(
-            Verdict(
-                "good",
-                f"Within limits: the longest of {sizes.measured} measured steps had r = {sizes.highest:.3g} (step "
-                f"{sizes.highest_step}), {1 / max(sizes.highest, 1e-12):.3g} times shorter than the redline.",
-            )
-        )
-    return tuple(found)

@@ -7,10 +7,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from redline.findings import Finding
 from redline.interventions import Tally
 from redline.report import BindingRadius, LayerSummary, StabilityReport, StepSizes
 
-_STYLES = {"good": "green", "watch": "yellow", "bad": "bold red"}
+_STYLES = {"good": "green", "watch": "yellow", "bad": "red"}
 _MARKS = {"good": "✓", "watch": "!", "bad": "✗"}
 _MOST_LAYERS = 8
 _BAR = 24
@@ -18,10 +19,7 @@ _BAR = 24
 
 def report_view(report: StabilityReport) -> RenderableType:
     """The whole report as one rich renderable."""
-    parts: list[RenderableType] = [
-        Text.assemble((f"{_MARKS[verdict.level]} ", _STYLES[verdict.level]), (verdict.text, _STYLES[verdict.level]))
-        for verdict in report.verdicts
-    ]
+    parts: list[RenderableType] = [_finding(finding) for finding in report.verdicts]
     parts += [Text(), _facts(report)]
     if report.step_sizes:
         parts += [Text(), _distribution(report.step_sizes)]
@@ -36,6 +34,18 @@ def report_view(report: StabilityReport) -> RenderableType:
     return Panel(
         Group(*parts), title="redline · stability report", title_align="left", border_style="red", padding=(1, 2)
     )
+
+
+def _finding(finding: Finding) -> Table:
+    """What was seen, boldly; why it matters, dimly; what to try."""
+    style = _STYLES[finding.level]
+    table = Table.grid(padding=(0, 1))
+    table.add_row(Text(_MARKS[finding.level], style=style), Text(finding.seen, style=f"bold {style}"))
+    if finding.why:
+        table.add_row("", Text(finding.why, style="dim"))
+    if finding.advice:
+        table.add_row("", Text(f"→ {finding.advice}"))
+    return table
 
 
 def number(value: float | None) -> str:

@@ -45,7 +45,7 @@ from redline.step import Step
 from redline.tangent_probe import TangentProbe
 from redline.transaction import StepTransaction
 
-_STATE_VERSION = 3
+_STATE_VERSION = 4
 _SETTLED = 10  # steps before the overhead is a reading: the first pays for what later ones reuse
 _SEED = 0x5EED  # of Redline's own random columns; the run's streams are never drawn from
 
@@ -173,6 +173,11 @@ class Session:
                 f"got a loss of shape {tuple(loss.shape)}; expected a single number, such as loss.mean()."
             )
         self._loss = loss.reshape(())
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        """Seconds of training, of observing and of controlling so far; on CUDA some steps late unless synchronized."""
+        return self._time.totals()
 
     @property
     def latest(self) -> Snapshot:

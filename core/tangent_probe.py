@@ -25,7 +25,7 @@ from redline.numerics.tangents import FINITE_DIFFERENCE, METHODS, LogitTangent, 
 from redline.sample_memory import SampleMemory, spread_over
 
 # The finite difference is good to about 1 %, half precision to a few; a method that drops a term is off by far more.
-_AGREEMENT = 0.1
+AGREEMENT = 0.1
 
 
 @dataclass
@@ -165,7 +165,7 @@ class TangentProbe:
         point = {inner: before[name] for inner, name in local.items()}
         direction = {inner: update[name] for inner, name in local.items()}
         batch = _batch_size(call, self._batch_dim)
-        whole = max_samples is None or batch <= max_samples or _couples_samples(call.module)
+        whole = max_samples is None or batch <= max_samples or couples_samples(call.module)
         with hooks_silenced(), self._around_replay():
             try:
                 samples = batch if whole or max_samples is None else max_samples
@@ -248,13 +248,11 @@ class TangentProbe:
             self._checked = True
             return taken
         reference = by(FINITE_DIFFERENCE)
-        known = reference.tangent.isfinite() & taken.tangent.isfinite()
-        slow, fast = (torch.where(known, one.tangent, 0.0) for one in (reference, taken))
-        error = float((slow - fast).norm() / torch.maximum(slow.norm(), fast.norm()))  # once a run
+        error = disagreement(taken, reference)  # it waits, once a run
         if not math.isfinite(error):
             return taken  # a zero or non-finite step shows nothing; the next one is held against it
         self._checked = True
-        if error <= _AGREEMENT:
+        if error <= AGREEMENT:
             return taken
         self._notes.add(
             f"Tangents by {taken.method} are off by {error:.0%} from a finite difference for this model: the ghost "
@@ -293,6 +291,13 @@ class TangentProbe:
             self._memories[samples, remember].load_state_dict(kept)
 
 
+def disagreement(taken: LogitTangent, reference: LogitTangent) -> float:
+    """Relative distance of two tangents where both are finite; NaN if they are zero."""
+    known = reference.tangent.isfinite() & taken.tangent.isfinite()
+    slow, fast = (torch.where(known, one.tangent, 0.0) for one in (reference, taken))
+    return float((slow - fast).norm() / torch.maximum(slow.norm(), fast.norm()))
+
+
 def _batch_size(call: CapturedCall, batch_dim: int) -> int:
     sizes = [
         leaf.shape[batch_dim]
@@ -302,7 +307,7 @@ def _batch_size(call: CapturedCall, batch_dim: int) -> int:
     return sizes[0] if sizes else 1
 
 
-def _couples_samples(module: nn.Module) -> bool:
+def couples_samples(module: nn.Module) -> bool:
     """Whether batch statistics make a sample's logits depend on the rest of the batch."""
     return any(
         isinstance(inner, nn.modules.batchnorm._BatchNorm) and (inner.training or inner.running_mean is None)

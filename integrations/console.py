@@ -64,7 +64,7 @@ def snapshot_view(snapshot: Snapshot, layers: int) -> RenderableType:
     if layers and (
         snapshot.layers(metrics.WEIGHT_SPECTRAL_NORM.name) or snapshot.layers(metrics.UPDATE_SPECTRAL_NORM.name)
     ):
-        parts.append(_layer_table(snapshot, layers))
+        parts.append(layer_table(snapshot, layers))
     return Group(*parts)
 
 
@@ -78,11 +78,8 @@ def _headline(snapshot: Snapshot) -> Text:
     if r is None:
         line.append("– ")
     else:
-        filled = round(min(r, 1.0) * _GAUGE_WIDTH) if r == r else 0
         line.append(f"{r:.3g} ", step_size_style(r))
-        line.append("━" * filled, step_size_style(r))
-        line.append("─" * (_GAUGE_WIDTH - filled), "dim")
-        line.append("┃", "bold red")  # the redline: r = 1
+        line.append(step_size_gauge(r, _GAUGE_WIDTH))
     line.append(f"  ρ {number(scalar(metrics.GHOST_RADIUS))}  τ {number(scalar(metrics.UPDATE_NORM))}")
     overhead = scalar(metrics.OVERHEAD_RATIO)
     if overhead is not None:
@@ -90,7 +87,14 @@ def _headline(snapshot: Snapshot) -> Text:
     return line
 
 
-def _layer_table(snapshot: Snapshot, most: int) -> Table:
+def step_size_gauge(r: float | None, width: int) -> Text:
+    """r as a bar of ``width`` columns up to the redline, which is drawn; empty where r is not known."""
+    filled = round(min(r, 1.0) * width) if r is not None and r == r else 0
+    return Text.assemble(("━" * filled, step_size_style(r or 0.0)), ("─" * (width - filled), "dim"), ("┃", "bold red"))
+
+
+def layer_table(snapshot: Snapshot, most: int) -> Table:
+    """The layers pushed hardest, ``most`` of them, with their spectra."""
     ratios = snapshot.layers(metrics.UPDATE_TO_WEIGHT_RATIO.name)
     norms = snapshot.layers(metrics.WEIGHT_SPECTRAL_NORM.name)
     columns = {

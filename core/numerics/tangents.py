@@ -146,7 +146,12 @@ def default_logits(output: Any) -> Any:
     return getattr(output, "logits", output)
 
 
-def _read_logits(output: Any, function: LogitsFunction) -> tuple[Tensor, Tensor | None]:
+def read_logits(output: Any, function: LogitsFunction) -> tuple[Tensor, Tensor | None]:
+    """Logits ``(..., classes)`` and mask ``(...)`` of a model's output, as ``function`` reads them.
+
+    Raises:
+        ConfigurationError: they are no floating tensor, or the mask is not of their shape.
+    """
     result = function(output)
     z, mask = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(z, Tensor) or not z.is_floating_point() or z.dim() == 0:
@@ -191,7 +196,7 @@ def _forward_mode(
         duals = dict(point)
         for name, tangent in direction.items():
             duals[name] = forward_ad.make_dual(point[name], tangent)
-        z, mask = _read_logits(
+        z, mask = read_logits(
             functional_call(model, {**duals, **cloned_buffers(model)}, *_copied(args, kwargs)), function
         )
         primal, tangent_out = forward_ad.unpack_dual(z)
@@ -218,7 +223,7 @@ def _finite_difference(
         buffers = {name: _widen(buffer) for name, buffer in cloned_buffers(model).items()}
         with replaying(model), torch.autocast(device_type, enabled=False):
             ends.append(
-                _read_logits(functional_call(model, {**moved, **buffers}, *_copied(wide_args, wide_kwargs)), function)
+                read_logits(functional_call(model, {**moved, **buffers}, *_copied(wide_args, wide_kwargs)), function)
             )
     (z_plus, mask), (z_minus, _) = ends
     return (z_plus + z_minus) / 2, (z_plus - z_minus) / (2 * _RELATIVE_STEP), mask
@@ -240,7 +245,7 @@ def _stretch(point: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Te
     of the whole model, since what moves may itself be zero; no tensor moves by more than 8 times its own, or the whole
     model's, so that a step in one scalar stays a small one.
     """
-    whole = _root_mean_square(list(point.values()))
+    whole = _root_mean_square([tensor for tensor in point.values() if tensor.is_floating_point()])
     moved = _root_mean_square(list(direction.values()))
     stretch = whole / moved
     for name, tensor in direction.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from redline.integrations.commands import compare, dashboards, demo, report
+from redline.integrations.commands import compare, dashboards, demo, doctor, report, watch
 
-COMMANDS: tuple[ModuleType, ...] = (demo, report, compare, dashboards)
+COMMANDS: tuple[ModuleType, ...] = (demo, doctor, watch, report, compare, dashboards)
 """In the order in which ``redline --help`` lists them."""

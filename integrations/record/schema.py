@@ -208,7 +208,8 @@ def _measurements(gauges: Mapping[str, Iterable[Any]]) -> Iterator[Measurement]:
 
 def _intervention(one: Mapping[str, Any]) -> Intervention:
     saw = {name: float(value) for name, value in one["saw"].items()}
-    return Intervention(int(one["step"]), one["controller"], one["action"], one["reason"], saw)
+    by_design = bool(one.get("by_design", False))
+    return Intervention(int(one["step"]), one["controller"], one["action"], one["reason"], saw, by_design)
 
 
 def _closing(content: Mapping[str, Any]) -> Closing:

@@ -123,6 +123,28 @@ def test_radii_that_bind_are_kept_step_by_step_and_bounded():
     assert resumed.binding == history.binding
 
 
+def test_steps_over_the_redline_and_losses_are_kept_and_bounded():
+    history = RunHistory()
+    for step in range(100_000):
+        history.record(Series(R), step, 2.0 if step % 10 == 7 else 0.999)
+        history.record(Series("redline_loss"), step, 1e-5 * step)
+    over, losses = history.long_steps, history.losses
+    assert 512 < len(over) <= 1024
+    assert {step % 10 for step, _ in over} == {7}
+    assert {value for _, value in over} == {2.0}
+    assert 4096 < len(losses) <= 8192
+    for pairs in (over, losses):
+        assert len({later[0] - earlier[0] for earlier, later in pairwise(pairs)}) == 1
+        assert pairs[-1][0] > 99_000
+    assert all(value == pytest.approx(1e-5 * step) for step, value in losses)
+
+
+def test_a_step_over_the_redline_that_thinning_drops_is_still_known():
+    history = history_of(1.0 if step == 33_333 else 0.1 for step in range(100_000))
+    assert history.long_steps == [(33_333, 1.0)]
+    assert history_of([0.99, NAN, INF, -1.0]).long_steps == []
+
+
 # Not finite ----------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +164,15 @@ def test_a_value_that_is_not_finite_is_never_the_highest(values: list[float], hi
     course = history_of(values).course(R)
     assert course is not None
     assert (course.highest, course.highest_step) == (highest, highest_step)
+
+
+@pytest.mark.parametrize(
+    ("values", "step"), [([0.1, 0.2], None), ([NAN, 0.2], 0), ([0.1, INF, NAN], 1), ([0.1, -INF], 1)]
+)
+def test_the_first_step_at_which_a_value_was_not_finite_is_kept(values: list[float], step: int | None):
+    course = history_of(values).course(R)
+    assert course is not None
+    assert course.first_nonfinite == step
 
 
 def test_a_nan_does_not_vanish():
@@ -169,7 +200,19 @@ def test_a_history_that_was_saved_and_loaded_goes_on_as_if_it_had_not_been(split
     for step, value in enumerate(values[split:], start=split):
         after.record(Series(R), step, value)
     assert after.step_sizes == whole.step_sizes
+    assert after.long_steps == whole.long_steps
     assert after.course(R) == whole.course(R)
+
+
+@pytest.mark.parametrize("split", [0, 1, 5000, 8193])
+def test_losses_and_long_steps_go_on_after_loading(split: int):
+    values = [1.0 + 0.05 * math.sin(step) for step in range(20_000)]
+    for metric in (R, "redline_loss"):
+        whole, before, after = history_of(values, metric), history_of(values[:split], metric), RunHistory()
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+        for step, value in enumerate(values[split:], start=split):
+            after.record(Series(metric), step, value)
+        assert (after.losses, after.long_steps) == (whole.losses, whole.long_steps)
 
 
 def test_loading_replaces_what_was_there():

@@ -74,7 +74,8 @@ def of_others(name: str) -> set[str]:
 
 # Packages of ours, and of others, that each folder may import. What core prints, it prints with rich.
 MAY_IMPORT = {
-    "redline": ({"redline", "redline.numerics"}, {"torch", "numpy"}),
+    "redline": ({"redline", "redline.findings", "redline.numerics"}, {"torch", "numpy"}),
+    "redline.findings": ({"redline", "redline.findings", "redline.numerics"}, set()),
     "redline.numerics": ({"redline.numerics"}, {"torch", "numpy"}),
     "redline.monitors": ({"redline", "redline.numerics"}, {"torch", "numpy"}),
     "redline.controllers": ({"redline", "redline.numerics"}, {"torch", "numpy"}),

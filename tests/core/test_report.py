@@ -325,6 +325,7 @@ def test_the_report_is_plain_data():
             "first_step": 5,
             "last_step": 9,
             "last_reason": "r = 3 was over 1.",
+            "by_design": False,
         }
     ]
     assert plain["snapshots"][0]["bytes"] == 1024

@@ -180,7 +180,7 @@ def test_session_without_any_step_can_be_closed_and_reports_so() -> None:
         pass
     report = session.report()
     assert report.steps == 0
-    assert [verdict.text for verdict in report.verdicts] == ["No optimizer step was taken."]
+    assert [verdict.seen for verdict in report.verdicts] == ["No optimizer step was taken."]
     assert report.step_sizes is None
     assert report.overhead_ratio is None
 
@@ -312,6 +312,6 @@ def test_state_of_another_set_of_monitors_is_taken_up_as_far_as_it_goes() -> Non
 def test_state_of_an_unknown_version_is_refused() -> None:
     with (
         Run().attach() as session,
-        pytest.raises(ConfigurationError, match="got a session state of version 99; expected 3"),
+        pytest.raises(ConfigurationError, match="got a session state of version 99; expected 4"),
     ):
         session.load_state_dict({"version": 99})

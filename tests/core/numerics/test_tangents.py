@@ -697,3 +697,30 @@ class TestNothingIsChanged:
             losses.append(course)
         assert losses[0] == losses[1]
         assert not math.isnan(losses[0][-1])
+
+
+class BesideIntegers(nn.Module):
+    """A frozen matrix of integer codes, dequantized by a scale that is trained, as quantized models have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Parameter(torch.arange(-30, 30).view(5, 12).to(torch.int8), requires_grad=False)
+        self.scale, self.head = nn.Parameter(torch.full((5, 1), 0.01)), nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        return self.head(torch.tanh(x @ (self.codes.to(x.dtype) * self.scale).T))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_integer_parameters_stand_beside_those_that_move(method: str):
+    torch.manual_seed(0)
+    model, x = BesideIntegers(), torch.randn(6, 12)
+    direction = {name: 0.1 * torch.randn_like(p) for name, p in model.named_parameters() if p.is_floating_point()}
+    taken = logit_tangent(model, (x,), {}, direction, method=method)
+
+    def logits(*moved: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(direction, moved, strict=True)), (x,))
+
+    point = tuple(dict(model.named_parameters())[name] for name in direction)
+    _, expected = torch.func.jvp(logits, point, tuple(direction.values()))
+    assert torch.allclose(taken.tangent, expected, atol=2e-3)

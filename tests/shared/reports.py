@@ -1,0 +1,42 @@
+"""Stability reports of made-up runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from redline.history import RunHistory
+from redline.interventions import Tally
+from redline.readings import RunInfo, Series, Snapshot
+from redline.report import StabilityReport
+
+Key = str | tuple[str, str]
+R, LOSS = "redline_normalized_step_size", "redline_loss"
+
+
+def series(key: Key) -> Series:
+    return Series(key) if isinstance(key, str) else Series(key[0], (key[1],))
+
+
+def report_of(
+    steps: int,
+    *,
+    r: Iterable[tuple[int, float]] = (),
+    losses: Iterable[tuple[int, float]] = (),
+    courses: Mapping[Key, Iterable[tuple[int, float]]] | None = None,
+    values: Mapping[Key, float] | None = None,
+    interventions: Sequence[Tally] = (),
+    budget: float | None = None,
+) -> StabilityReport:
+    """Of ``(step, value)`` as measured, in the order of the run, and of last values."""
+    history = RunHistory()
+    given = {R: r, LOSS: losses, **(courses or {})}
+    for step, key, value in sorted(((s, key, v) for key, c in given.items() for s, v in c), key=lambda one: one[0]):
+        history.record(series(key), step, value)
+    last = {series(key): value for key, value in (values or {}).items()}
+    last[Series("redline_steps_total")] = float(steps)
+    snapshot = Snapshot(steps - 1, 0.0, RunInfo("run-1", "0.1", "float32", "single", 1), last, {})
+    return StabilityReport.of(snapshot, history, interventions, [], (), 2.0, budget)
+
+
+def tally(controller: str, action: str, count: int, *, by_design: bool = False) -> Tally:
+    return Tally(controller, action, count, 3, 90, "it was too long", by_design)
