@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from redline import metrics
@@ -40,9 +40,8 @@ def report_page(record: Record) -> str:
 def findings(report: StabilityReport) -> Iterator[str]:
     """The verdicts, worst first, as HTML."""
     for verdict in report.verdicts:
-        said: Mapping[str, Any] = vars(verdict)
-        parts = [("seen", "seen"), ("why", "why"), ("try", "advice")] if "seen" in said else [("seen", "text")]
-        lines = "".join(f'<p class="{kind}">{text(said[name])}</p>' for kind, name in parts if said[name])
+        parts = (("seen", verdict.seen), ("why", verdict.why), ("try", verdict.advice))
+        lines = "".join(f'<p class="{kind}">{text(words)}</p>' for kind, words in parts if words)
         yield f'<div class="finding {text(verdict.level)}">{lines}</div>'
 
 

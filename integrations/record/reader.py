@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from redline import metrics
 from redline.errors import ConfigurationError
 from redline.history import RunHistory
 from redline.integrations.record.curves import Curves
@@ -58,7 +59,8 @@ class Record:
 
     def report(self) -> StabilityReport:
         """The stability report, as the session gave it at its end or would have given it by the last line."""
-        closing = self.closing or Closing(self.seconds, None, (), ())
+        budget = self.snapshot.series(metrics.OVERHEAD_BUDGET_RATIO.name).get(())
+        closing = self.closing or Closing(self.seconds, budget, (), ())
         return StabilityReport.of(
             self.snapshot,
             self.history,

@@ -96,6 +96,20 @@ def test_a_run_that_goes_on_can_be_read(path: Path):
     assert record.notes == ("The run has not ended in order: it goes on, or was killed after step 15.",)
 
 
+def test_a_run_that_was_killed_has_its_budget_and_not_its_notes(path: Path):
+    run = RecordedRun()
+    with (
+        pytest.warns(redline.RedlineWarning, match="Failing could not measure a step"),
+        run.attach(redline.JsonlRecorder(path, 5), monitors=[Failing(1)], overhead_budget=0.9) as session,
+    ):
+        run.steps(0, 12)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    live, told = session.report(), read(path).report()
+    assert live.notes
+    assert told.notes == ()
+    assert told.overhead_budget == live.overhead_budget == 0.9
+
+
 def test_a_curve_has_every_value_of_a_short_run(path: Path):
     session = recorded(path, 40, every=9)
     points = read(path).curves[redline.Series("redline_normalized_step_size")].points()
