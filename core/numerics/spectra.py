@@ -165,10 +165,11 @@ def _told(theta: Tensor, off: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """``A^T A`` of the shorter side, computed in ``dtype``, in float64."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
-    if matrix.dtype == dtype:
-        return (tall.mT @ tall).double()
-    tiles = (tile.to(dtype) for tile in _tiles(tall))
-    return sum(tile.mT @ tile for tile in tiles).double()
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=dtype, device=matrix.device)
+    for tile in _tiles(tall):
+        rows = tile.to(dtype)
+        gram.addmm_(rows.mT, rows)
+    return gram.double()
 
 
 def _starting_block(n: int, start: Tensor | None, rank: int, generator: torch.Generator, like: Tensor) -> Tensor:
