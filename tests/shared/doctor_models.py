@@ -110,6 +110,10 @@ def second(output: tuple[str, Tensor]) -> Tensor:
     return output[1]
 
 
+def second_and_mask(output: tuple[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return output[1], torch.arange(len(output[1])) % 2 == 0
+
+
 class Lazy(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -52,6 +52,8 @@ def spoke(report: StabilityReport) -> Finding:
         (lambda step: 1.5 if step % 40 == 0 else 0.4, "over_throughout", "bad"),
         (lambda step: 1.5, "over_throughout", "bad"),
         (lambda step: 1.5 if 300 <= step < 450 else 0.1, "over_the_redline", "bad"),  # one stretch
+        (lambda step: 1.5 if 260 <= step < 740 else 0.1, "over_the_redline", "bad"),  # long, and not all over the run
+        (lambda step: 1.5 if 240 <= step < 740 else 0.1, "over_throughout", "bad"),
     ],
 )
 def test_which_rule_speaks(size: Callable[[int], float], rule: str, level: str):

@@ -115,6 +115,12 @@ def test_logits_of_a_callable_and_keyword_inputs():
     assert (found.tangents.logits, found.gaps) == ((8, 4), ())
 
 
+def test_a_mask_of_positions_is_told_of(mlp: Diagnosis):
+    logits = "doctor_models:second_and_mask"
+    found = diagnosis_of("KeywordsOnly", inputs="doctor_models:keyword_inputs", logits=logits)
+    assert (found.tangents.masked, mlp.tangents.masked, found.gaps) == (True, False, ())
+
+
 def test_a_single_logit_works():
     assert diagnosis_of("OneLogit", shape=(8, 12)).gaps == ()
 
