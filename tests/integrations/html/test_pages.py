@@ -130,6 +130,13 @@ def test_names_cannot_get_out_of_the_text(tmp_path: Path, kind: str):
     assert html.unescape(re.search("<title>(.*?)</title>", page)[1]).startswith(EVIL)
 
 
+def test_no_tag_can_be_read_out_of_the_data():
+    page = document("t", [], {"</script >": ["<!--<script>", "&lt;", EVIL]})
+    data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
+    assert not {"<", ">", "&"} & set(data)
+    assert data_of(page) == {"</script >": ["<!--<script>", "&lt;", EVIL]}
+
+
 def test_numbers_that_are_not_finite_are_gaps():
     page = document("t", [], {"a": [float("nan"), float("inf"), 1 / 3], "b": (float("-inf"),)})
     assert data_of(page) == {"a": [None, None, 0.333333], "b": [None]}
