@@ -164,9 +164,9 @@ def run(page: Page, options: argparse.Namespace) -> None:
     page.text(
         f"ByteLM in training, batch {options.batch} x 64 bytes, AdamW, {options.device}; series of made-up layers, "
         f"measured and served anew every 10 steps. Per number of series {options.pairs} pairs of a second without a "
-        f"scrape and one with, and {options.long_pairs} of {options.seldom} s, interleaved: time of a step, scraped over "
-        "not, and a bootstrap 95 % interval over pairs. A scrape takes what another process waits for the page; alone: "
-        "while nothing is trained; CPU time is that of the process that trains. Nothing trimmed."
+        f"scrape and one with, and {options.long_pairs} of {options.seldom} s, interleaved: time of a step, scraped "
+        "over not, and a bootstrap 95 % interval over pairs. A scrape takes what another process waits for the page; "
+        "alone: while nothing is trained; CPU time is that of the process that trains. Nothing trimmed."
     )
     page.table(
         "case", "series on the page", "page", "a scrape alone: median", "min – max", "CPU time of it",
