@@ -11,15 +11,15 @@ seconds or not at all, a while each in turn.
 import argparse
 import dataclasses
 import json
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from frame import Benchmark, Page, Setting, median_and_spread, spread
+from frame import Benchmark, Page, Setting, median_and_spread
 from pairs import Trainer, byte_level
+from torch import Tensor
 
 import redline
 from redline import metrics
@@ -93,16 +93,16 @@ class Run:
         """As after another step: nothing prepared for the last snapshot is of use."""
         self._exporter.emit(dataclasses.replace(self._trainer.session.latest))
 
-    def for_a_while(self, seconds: float, interval: float | None) -> tuple[float, list[float]]:
-        """Train for so long; seconds a step, and those of the scrapes in that time."""
-        if interval is not None:
-            self.scraper.start(interval)
+    def for_a_while(self, seconds: float, *, scraped: bool) -> tuple[float, list[float]]:
+        """Train for so long, scraped at the start of it or not; seconds a step, and those that the scraper waited."""
+        if scraped:
+            self.scraper.start(seconds)
         started, steps = time.perf_counter(), 0
         while time.perf_counter() - started < seconds:
             self.step()
             steps += 1
         a_step = (time.perf_counter() - started) / steps
-        return a_step, self.scraper.stop()[0] if interval is not None else []
+        return a_step, self.scraper.stop()[0] if scraped else []
 
     def close(self) -> None:
         self.scraper.close()
@@ -120,22 +120,32 @@ def scraped_alone(run: Run, scrapes: int) -> tuple[list[float], float, str]:
     return waited, time.process_time() - started, page
 
 
-def over_none(steps: dict[float | None, list[float]], interval: float) -> str:
-    ratios = [scraped / free for scraped, free in zip(steps[interval], steps[None], strict=True)]
-    return f"{statistics.median(ratios):.3f} ({spread(ratios, '.3f')})"
+def compare(run: Run, seconds: float, pairs: int) -> tuple[Tensor, list[float]]:
+    """Seconds a step without scrapes and with one every so many seconds, ``(pairs, 2)``, and those the scraper waited.
+
+    The order turns over from pair to pair.
+    """
+    steps, waited = torch.zeros(pairs, 2, dtype=torch.float64), []
+    for pair in range(pairs):
+        for scraped in (False, True) if pair % 2 else (True, False):
+            steps[pair, int(scraped)], scrapes = run.for_a_while(seconds, scraped=scraped)
+            waited += scrapes
+    return steps, waited
+
+
+def ratio(steps: Tensor, draws: int = 2_000) -> str:
+    """Scraped over not scraped, and its bootstrap 95 % interval over pairs."""
+    drawn = torch.randint(len(steps), (draws, len(steps)), generator=torch.Generator().manual_seed(0))
+    sums = steps[drawn].sum(1)
+    low, high = (sums[:, 1] / sums[:, 0]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    free, scraped = steps.sum(0).tolist()
+    return f"{scraped / free:.3f} ({low:.3f} – {high:.3f})"
 
 
 def measure(page: Page, name: str, run: Run, options: argparse.Namespace) -> None:
     alone, computed, text = scraped_alone(run, options.scrapes)
-    intervals: list[float | None] = [None, 1.0, float(options.seconds)]
-    steps: dict[float | None, list[float]] = {interval: [] for interval in intervals}
-    in_training: list[float] = []
-    for turn in range(options.rounds):
-        for which in range(len(intervals)):  # each goes first in turn
-            interval = intervals[(which + turn) % len(intervals)]
-            a_step, scrapes = run.for_a_while(options.seconds, interval)
-            steps[interval].append(a_step)
-            in_training += scrapes
+    often, in_training = compare(run, 1.0, options.pairs)
+    seldom, _ = compare(run, float(options.seldom), options.long_pairs)
     run.close()
     page.row(
         name,
@@ -144,25 +154,24 @@ def measure(page: Page, name: str, run: Run, options: argparse.Namespace) -> Non
         *(f"{one} ms" for one in median_and_spread([1e3 * one for one in alone], ".1f")),
         f"{1e3 * computed / len(alone):.1f} ms",
         *(f"{one} ms" for one in median_and_spread([1e3 * one for one in in_training], ".1f")),
-        f"{statistics.median(steps[None]) * 1e3:.1f} ms",
-        over_none(steps, 1.0),
-        over_none(steps, float(options.seconds)),
+        f"{often[:, 0].median() * 1e3:.1f} ms",
+        ratio(often),
+        ratio(seldom),
     )
 
 
 def run(page: Page, options: argparse.Namespace) -> None:
     page.text(
         f"ByteLM in training, batch {options.batch} x 64 bytes, AdamW, {options.device}; series of made-up layers, "
-        f"measured and served anew every 10 steps. Per number of series {options.rounds} rounds; in each, in turn, "
-        f"{options.seconds} s without scrapes, as many with one every second and as many with one at their start. Time "
-        "of a step over that without scrapes in the same round: median, and min – max over rounds. A scrape takes what "
-        "another process waits for the page; alone: while nothing is trained; CPU time is that of the "
-        "process that trains. Nothing trimmed."
+        f"measured and served anew every 10 steps. Per number of series {options.pairs} pairs of a second without a "
+        f"scrape and one with, and {options.long_pairs} of {options.seldom} s, interleaved: time of a step, scraped "
+        "over not, and a bootstrap 95 % interval over pairs. A scrape takes what another process waits for the page; "
+        "alone: while nothing is trained; CPU time is that of the process that trains. Nothing trimmed."
     )
     page.table(
         "case", "series on the page", "page", "a scrape alone: median", "min – max", "CPU time of it",
         "a scrape in training: median", "min – max", "a step without scrapes", "scraped every second",
-        f"scraped every {options.seconds} s",
+        f"scraped every {options.seldom} s",
     )  # fmt: skip
     for series in options.series:
         if options.only in (name := f"{series:,} series"):
@@ -177,12 +186,13 @@ benchmark = Benchmark(
     run,
     {
         "series": Setting([100, 1000, 3000], [100, 3000], "numbers of series"),
-        "rounds": Setting(4, 1, "rounds"),
-        "seconds": Setting(15, 2, "of each part of a round"),
+        "pairs": Setting(40, 2, "pairs of a second"),
+        "seldom": Setting(15, 2, "seconds between scrapes that are seldom"),
+        "long_pairs": Setting(4, 1, "pairs of so many seconds"),
         "scrapes": Setting(25, 5, "alone"),
         "batch": Setting(32, 8, "sequences of 64 bytes"),
     },
-    "twelve minutes",
+    "a quarter of an hour",
 )
 
 if __name__ == "__main__":

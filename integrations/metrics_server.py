@@ -89,4 +89,4 @@ def start(port: int, address: str, registry: CollectorRegistry, tls: Tls) -> tup
 
 def _refuse_to_ask() -> str:
     """OpenSSL would ask at the terminal, and the run would wait."""
-    raise ssl.SSLError("the key is encrypted")
+    raise OSError("the key is encrypted")

@@ -20,7 +20,7 @@ DEFAULT_MAX_SERIES = 1000
 
 _LEAST = 100  # what is not per layer, and a maximum and a median of each per-layer metric
 _ADVANTAGE = 2.0  # how many times worse than a layer that is served one must be to take its place
-_PER_LAYER = frozenset(name for name, metric in metrics.METRICS.items() if metric.labels == ("layer",))
+_PER_LAYER = tuple(name for name, metric in metrics.METRICS.items() if metric.labels == ("layer",))
 
 
 class SeriesBudget:
@@ -57,21 +57,21 @@ class SeriesBudget:
         found: Series = defaultdict(dict)
         for (metric, labels), value in snapshot.values.items():
             found[metric][labels] = value
+        per_layer = [metric for metric in _PER_LAYER if metric in found]
         layers: dict[str, dict[str, float]] = {}
-        for metric in _PER_LAYER & found.keys():
+        for metric in per_layer:
             for (layer,), value in found[metric].items():
                 layers.setdefault(layer, {})[metric] = value
-        per_layer = sum(map(len, layers.values()))
-        room = (
-            self.max_series - (sum(map(len, found.values())) - per_layer) - 2
-        )  # run_info, and the count of the folded
-        if per_layer <= room:
+        of_layers = sum(map(len, layers.values()))
+        others = sum(map(len, found.values())) - of_layers + 2  # with redline_run_info and redline_folded_layers
+        room = self.max_series - others
+        if of_layers <= room:
             self._served, folded = frozenset(layers), {}
         else:
             kinds = _kinds(layers, room / 4)
             self._served = self._worst(layers, room - 2 * _pairs(layers, kinds))
             folded = {layer: values for layer, values in layers.items() if layer not in self._served}
-            for metric in _PER_LAYER & found.keys():
+            for metric in per_layer:
                 found[metric] = {labels: one for labels, one in found[metric].items() if labels[0] in self._served}
             found.update(_folded(folded, kinds))
         found[metrics.FOLDED_LAYERS.name] = {(): len(folded)}

@@ -15,7 +15,7 @@ TINY = {
     "growth": {"widths": [32, 64], "layers": [1, 2], "width": 32, "pairs": 1, "repeats": 1, "batch": 2},
     "controllers": {"repeats": 1, "steps": 1, "batch": 4, "warmup": 3},
     "exact_radius": {"repeats": 1, "moments": [0]},
-    "exporter": {"series": [100], "rounds": 1, "seconds": 2, "scrapes": 1, "batch": 2},
+    "exporter": {"series": [100], "pairs": 2, "seldom": 1, "scrapes": 1, "batch": 2},
     "peers": {"repeats": 1, "batch": 2, "warmup": 1, "iterations": 3, "only": "top_singular_values"},
 }
 
