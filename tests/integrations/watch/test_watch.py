@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -237,7 +238,8 @@ def test_a_running_job_is_shown_once(job: str, capsys: pytest.CaptureFixture[str
 def test_ctrl_c_ends_the_command_with_status_0_and_leaves_the_job_alone(job: str):
     program = "import sys; from redline.integrations.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = [sys.executable, "-c", program, "watch", job, "--interval", "0.1"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a job in the background does not
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heeding) as process:
         assert process.stdout is not None
         process.stdout.readline()  # the first view's first line
         time.sleep(0.5)
