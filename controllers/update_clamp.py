@@ -12,6 +12,7 @@ from torch import Tensor
 from redline import metrics
 from redline.controller import Controller, RunOutline, ScaleMatrices
 from redline.errors import ConfigurationError
+from redline.host_copy import moved_to
 from redline.monitor import Need
 from redline.parameters import by_layer, fans
 from redline.readings import Readings
@@ -97,8 +98,7 @@ class UpdateClamp(Controller):
             sigma = self._limits.weights(step, new) * (1 + TOLERANCE)
             self._ceilings.update(zip([layer.name for layer in new], sigma, strict=True))
         device = step.before[layers[0].parameter].device
-        waits = device.type == "cpu"  # what comes to the host has to have arrived
-        ceilings = torch.stack([self._ceilings[layer.name].to(device, non_blocking=not waits) for layer in layers])
+        ceilings = torch.stack([moved_to(self._ceilings[layer.name], device) for layer in layers])
         rates = {layer.parameter: step.rates[layer.parameter] for layer in layers}
         decays = by_layer(layers, {name: one.weight_decay for name, one in rates.items()}, ceilings)
         lr = by_layer(layers, {name: one.lr for name, one in rates.items()}, ceilings)

@@ -13,6 +13,7 @@ from torch import Tensor
 from redline import metrics
 from redline.controller import Controller, Decay, Number, RunOutline
 from redline.errors import ConfigurationError
+from redline.host_copy import moved_to
 from redline.monitor import Need
 from redline.parameters import MatrixLayer, by_layer
 from redline.readings import Readings
@@ -159,8 +160,7 @@ class WeightDecayControl(Controller):
         if due:
             self._measure(step, layers, places)
         device = step.before[layers[0].parameter].device
-        waits = device.type == "cpu"  # what comes to the host has to have arrived
-        self._state = {key: values.to(device, non_blocking=not waits) for key, values in self._state.items()}
+        self._state = {key: moved_to(values, device) for key, values in self._state.items()}
         here = torch.tensor(places).to(device, non_blocking=True)
         x, target, weight_decay = (self._state[key].index_select(0, here) for key in ("x", "target", "weight_decay"))
         rates = {layer.parameter: step.rates[layer.parameter] for layer in layers}

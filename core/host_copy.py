@@ -53,12 +53,13 @@ def to_host(tensors: Sequence[Tensor]) -> Iterator[list[float]]:
     return iter(HostCopy(tensors).read())
 
 
-def moved_to(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor on the device and in the dtype of another; nobody waits, but where it comes to the host.
+def moved_to(tensor: Tensor, where: Tensor | torch.device) -> Tensor:
+    """A tensor on a device, or on that of another tensor and in its dtype.
 
-    There it would be read before it has arrived.
+    Nobody waits, but where it comes to the host: there it would be read before it has arrived.
     """
-    return tensor.to(like, non_blocking=like.device.type != "cpu")
+    device = where.device if isinstance(where, Tensor) else where
+    return tensor.to(where, non_blocking=device.type != "cpu")
 
 
 def is_on_host(tensor: Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from redline.host_copy import moved_to
 from redline.trail import FragileSample
 
 
@@ -49,7 +50,10 @@ class StepMargins:
         first = size.masked_fill(size.isnan(), math.inf).argsort(descending=True, stable=True)
         leads = ~exact.isnan() | size.isnan()  # see _fragility
         first = first[leads[first].int().argsort(descending=True, stable=True)][:count]
-        return torch.stack([self.samples.to(self.r), self.r, exact])[:, first].T
+        wide = self.r.to(
+            torch.promote_types(self.r.dtype, torch.float32)
+        )  # in half, places past 2,048 would be rounded
+        return torch.stack([moved_to(self.samples, wide), wide, exact.to(wide)])[:, first].T
 
     def most_fragile(self, count: int = 5) -> list[SampleMargin]:
         """The samples that bind, most fragile first: by the exact radius where it is known, else by the bound."""

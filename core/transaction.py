@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from redline.host_copy import moved_to
+
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -123,7 +125,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _on(tensor: Tensor, number: float | Tensor) -> Tensor:
     """A number on a tensor's device."""
-    return torch.as_tensor(number).to(tensor.device, non_blocking=tensor.device.type != "cpu")
+    return moved_to(torch.as_tensor(number), tensor.device)
 
 
 def _part(factor: float | Tensor, tensor: Tensor) -> Tensor:

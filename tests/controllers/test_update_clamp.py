@@ -19,7 +19,6 @@ from update_clamp_runs import (
     TOLERANCE,
     Optimizers,
     Run,
-    accelerate,
     adamw,
     adamw_fused,
     assert_all_held,
@@ -42,11 +41,6 @@ import redline.update_limits
 from redline import ConfigurationError, UpdateClamp
 from redline.integrations.demo.data import byte_batch, library_bytes
 from redline.integrations.demo.models import ByteLM
-
-
-@pytest.fixture
-def accelerated(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return accelerate(monkeypatch)
 
 
 def adamw_in_groups(model: nn.Module) -> list[Optimizer]:

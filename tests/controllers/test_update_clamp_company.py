@@ -25,7 +25,6 @@ from update_clamp_runs import (
     Optimizers,
     Run,
     Stacks,
-    accelerate,
     adamw,
     adamw_fused,
     assert_held,
@@ -46,12 +45,6 @@ import redline
 import redline.spectrum_tracker
 import redline.update_limits
 from redline import StepClamp, UpdateClamp
-
-
-@pytest.fixture
-def accelerated(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return accelerate(monkeypatch)
-
 
 # With other controllers -------------------------------------------------------------------------------------------
 

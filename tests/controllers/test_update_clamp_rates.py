@@ -16,7 +16,6 @@ from update_clamp_runs import (
     SGDW,
     TOLERANCE,
     Run,
-    accelerate,
     adamw,
     assert_all_held,
     fan,
@@ -30,12 +29,6 @@ import redline
 import redline.spectrum_tracker
 import redline.update_limits
 from redline import RedlineWarning, UpdateClamp
-
-
-@pytest.fixture
-def accelerated(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return accelerate(monkeypatch)
-
 
 # Rates ------------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import rich
+from matrix_decision_runs import Numbers, elsewhere, host
 
 
 @pytest.fixture(params=[80, 120])
@@ -30,3 +31,9 @@ def written(columns: int, capsys: pytest.CaptureFixture[str]) -> Callable[[], li
         return found
 
     return lines
+
+
+@pytest.fixture(params=[host, elsewhere], ids=["host", "accelerator"])
+def numbers(request: pytest.FixtureRequest) -> Numbers:
+    """Where the numbers of a decision are."""
+    return request.param

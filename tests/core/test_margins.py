@@ -216,3 +216,9 @@ def test_a_batch_of_which_no_position_is_picked_does_not_end_a_run_that_is_watch
     loop.step(sequences())
     assert loop.session.latest.value("redline_normalized_step_size") == 0
     assert loop.session.margins is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_place_in_a_large_batch_is_told_exactly_of_a_model_in_half_precision(dtype: torch.dtype) -> None:
+    margins = StepMargins(0, torch.tensor([3, 4097]), torch.tensor([1.0, 2.0], dtype=dtype), None)
+    assert margins.leading()[:, 0].tolist() == [4097, 3]

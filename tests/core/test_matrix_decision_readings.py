@@ -41,13 +41,6 @@ from redline import (
 )
 from redline.readings import Readings
 
-
-@pytest.fixture(params=[host, elsewhere], ids=["host", "accelerator"])
-def numbers(request: pytest.FixtureRequest) -> Numbers:
-    """Where the numbers of a decision are."""
-    return request.param
-
-
 # Traces -----------------------------------------------------------------------------------------------------------
 
 

@@ -24,8 +24,6 @@ from matrix_decision_runs import (
     bits,
     decaying,
     each,
-    elsewhere,
-    host,
     muon_and_adamw,
     optimizers,
     over,
@@ -45,13 +43,6 @@ from redline import (
 )
 from redline.controller import RunOutline
 from redline.parameters import MatrixLayer
-
-
-@pytest.fixture(params=[host, elsewhere], ids=["host", "accelerator"])
-def numbers(request: pytest.FixtureRequest) -> Numbers:
-    """Where the numbers of a decision are."""
-    return request.param
-
 
 # Refusals ---------------------------------------------------------------------------------------------------------
 

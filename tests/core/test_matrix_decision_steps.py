@@ -30,7 +30,6 @@ from matrix_decision_runs import (
     decaying,
     each,
     elsewhere,
-    host,
     jointly,
     muon_and_adamw,
     optimizers,
@@ -48,13 +47,6 @@ from redline import (
     RunStoppedError,
     Scale,
 )
-
-
-@pytest.fixture(params=[host, elsewhere], ids=["host", "accelerator"])
-def numbers(request: pytest.FixtureRequest) -> Numbers:
-    """Where the numbers of a decision are."""
-    return request.param
-
 
 # Together ---------------------------------------------------------------------------------------------------------
 

@@ -24,8 +24,6 @@ from matrix_decision_runs import (
     bits,
     decaying,
     each,
-    elsewhere,
-    host,
     muon_and_adamw,
     optimizers,
     over,
@@ -34,12 +32,6 @@ from matrix_decision_runs import (
 )
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, NAdam, RAdam
-
-
-@pytest.fixture(params=[host, elsewhere], ids=["host", "accelerator"])
-def numbers(request: pytest.FixtureRequest) -> Numbers:
-    """Where the numbers of a decision are."""
-    return request.param
 
 
 def plain(number: Any) -> Tensor:
