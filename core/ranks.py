@@ -1,0 +1,88 @@
+"""The processes that train one model together, and what they tell one another."""
+
+from __future__ import annotations
+
+import time
+from itertools import count
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from redline.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_ARRIVAL = 300.0  # seconds for all ranks to attach; models are loaded at different speeds
+_attached = count()  # every process attaches in the same order: the n-th time is everybody's n-th time
+
+
+class Ranks:
+    """The ranks of a run: all of the default process group; one where there is none.
+
+    What one is told all are told: each call is a collective that every rank makes at the same point of the same step.
+    Messages go over a group of Redline's own, so that they never mix with the run's. Nobody's host waits for an
+    accelerator, but in ``any``.
+
+    Attributes:
+        rank: this process's place, from 0.
+        size: how many there are.
+    """
+
+    rank: int
+    size: int
+
+    def __init__(self) -> None:
+        """All ranks of the run meet here.
+
+        Raises:
+            ConfigurationError: not all of them come within five minutes.
+        """
+        self.rank, self.size = 0, 1
+        self._group: ProcessGroup | None = None
+        self._of_hosts: ProcessGroup | None = None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if self.size > 1:
+            self._meet()
+            self._group = torch.distributed.new_group()
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks of a tensor of one shape and dtype on all, the same on each bit for bit."""
+        if self._group is None:
+            return tensor
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=self._group)
+        return total
+
+    def rows(self, row: Tensor) -> Tensor:
+        """Every rank's ``(k,)`` as ``(size, k)``, by rank."""
+        if self._group is None:
+            return row.detach()[None]
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        torch.distributed.all_gather(rows, row.detach().contiguous(), group=self._group)
+        return torch.stack(rows)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any rank; hosts wait for one another, not for their devices."""
+        if self._group is None:
+            return flag
+        if self._of_hosts is None:
+            self._of_hosts = torch.distributed.new_group(backend="gloo")
+        told = torch.tensor(int(flag))
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self._of_hosts)
+        return bool(told)
+
+    def _meet(self) -> None:
+        """See that every rank attaches, ahead of the first call that would wait for it without end."""
+        store = torch.distributed.distributed_c10d._get_default_store()
+        key, until = f"redline/attached/{next(_attached)}", time.monotonic() + _ARRIVAL
+        store.add(key, 1)
+        while (here := store.add(key, 0)) < self.size:
+            if time.monotonic() > until:
+                raise ConfigurationError(
+                    f"got Redline attached on {here} of {self.size} ranks; expected on all: readings are taken, and "
+                    "decided on, by all of them together. Attach on every rank; sinks speak on rank 0 alone anyway."
+                )
+            time.sleep(0.01)
