@@ -19,7 +19,7 @@ _attached = count()  # every process attaches in the same order: the n-th time i
 
 
 class Ranks:
-    """The ranks of a run: all of the default process group; one where there is none.
+    """The ranks of a run.
 
     What one is told all are told: each call is a collective that every rank makes at the same point of the same step.
     Messages go over a group of Redline's own, so that they never mix with the run's. Nobody's host waits for an
@@ -30,23 +30,25 @@ class Ranks:
         size: how many there are.
     """
 
-    rank: int
-    size: int
-
-    def __init__(self) -> None:
-        """All ranks of the run meet here.
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        """Of more than one they meet here.
 
         Raises:
             ConfigurationError: not all of them come within five minutes.
         """
-        self.rank, self.size = 0, 1
+        self.rank, self.size = rank, size
         self._group: ProcessGroup | None = None
         self._of_hosts: ProcessGroup | None = None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        if self.size > 1:
+        if size > 1:
             self._meet()
             self._group = torch.distributed.new_group()
+
+    @classmethod
+    def of_run(cls) -> Ranks:
+        """All of the default process group, or this process alone where there is none."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        return cls()
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over ranks of a tensor of one shape and dtype on all, the same on each bit for bit."""
