@@ -82,13 +82,11 @@ class NonFiniteGuard(Controller):
 
 def _where(step: Step) -> str:
     """Which parameters' gradients are not finite; asked at a bad step only, since it waits for the device."""
-    gradients = {name: p.grad for name, p in step.weights.items() if p.grad is not None}
+    gradients = {name: gradient for name, gradient in step.gradients.items() if gradient is not None}
     if not gradients:
         return "outside the model"
-    finite = torch.stack(
-        [torch.isfinite(g.to_dense() if g.is_sparse else g).all() for g in gradients.values()]
-    ).tolist()
-    broken = [name for name, good in zip(gradients, finite, strict=True) if not good]
+    bad = torch.stack([(~torch.isfinite(g.to_dense() if g.is_sparse else g)).any() for g in gradients.values()])
+    broken = [name for name, ranks in zip(gradients, step.layout.ranks.total(bad.int()).tolist(), strict=True) if ranks]
     if not broken:
         return "outside the model" if math.isnan(step.start.gradient_norm or 0.0) else "their norm overflowed"
     last = f", the last {broken[-1]}" if len(broken) > 1 else ""

@@ -76,12 +76,18 @@ class SpikeGuard(Controller):
         self.threshold, self.min_jump, self.patience = threshold, min_jump, patience
         self.max_roll_backs, self.every = max_roll_backs, every
         self.memory, self.in_checkpoints = memory, in_checkpoints
+        self._travels = in_checkpoints  # of the session's run: whether snapshots go with checkpoints
         self._losses: deque[float] = deque(maxlen=window)
         self._forget()
 
     def begin(self, run: RunOutline) -> None:
         """Watch anew."""
         self._forget()
+        self._travels = self.in_checkpoints and not run.sharded
+        if self.in_checkpoints and run.sharded:
+            run.note(
+                "snapshots of sharded parameters stay out of checkpoints: a resumed run takes a new one at its first step."
+            )
 
     def _forget(self) -> None:
         self._losses.clear()
@@ -106,7 +112,7 @@ class SpikeGuard(Controller):
             if self._kept_at is not None and step.index < self._kept_at + self.every:
                 return None
             self._kept_at = step.index
-            return Keep(self.memory, self.in_checkpoints)
+            return Keep(self.memory, self._travels)
 
         self._jumps += 1
         seen = "the loss jumped to {loss:.4g}" + (" from {median:.4g}" if "median" in saw else "")
@@ -146,7 +152,7 @@ class SpikeGuard(Controller):
         return {
             "losses": list(self._losses),
             "jumps": self._jumps,
-            "kept_at": self._kept_at if self.in_checkpoints else None,
+            "kept_at": self._kept_at if self._travels else None,
             "has_seen_losses": self._has_seen_losses,
         }
 

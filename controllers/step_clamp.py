@@ -135,7 +135,7 @@ class StepClamp(RadiusController):
         if self.radius == "bound" or not bool((r > self.max_r) & r.isfinite()):
             return r
         within = 1 / self.max_r
-        radius = tangent.least_radius(within).lower.to(r)
+        radius = tangent.least_radius(within).to(r)
         exact = torch.where(radius >= within, r.clamp(max=self.max_r), 1 / radius)
         return torch.where(radius.isnan(), r, exact)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from redline.notes import Notes
@@ -32,14 +32,20 @@ class Agenda:
         self._overdue: set[str] = set()  # of those due at the step asked of last, as long as it has not ended
         self.put_off: list[str] = []
 
-    def due(self, plugins: Sequence[tuple[str, T]], step: int, *, put_off: bool) -> list[tuple[str, T]]:
-        """Those due at ``step``, by schedule or from before; none if they are to be put off."""
-        asked = [name for name, plugin in plugins if self._is_due(name, plugin, step)]
-        self.put_off, self._overdue = asked if put_off else [], set(self._pending)
-        if put_off:
-            self._pending.update(asked)
-            return []
-        now, self._pending = self._pending.union(asked), set()
+    def due(self, plugins: Sequence[tuple[str, T]], step: int, *, put_off: Callable[[], bool]) -> list[tuple[str, T]]:
+        """Those due at ``step``, by schedule or from before.
+
+        ``put_off``: whether to put off what can be; asked only where there is any.
+        """
+        asked = {name for name, plugin in plugins if self._is_due(name, plugin, step)}
+        light = {name for name, plugin in plugins if getattr(plugin, "light", False)}
+        self._overdue = set(self._pending)
+        heavy = self._pending | asked - light
+        if heavy and put_off():
+            self.put_off, self._pending = [name for name, _ in plugins if name in asked - light], heavy
+        else:
+            self.put_off, self._pending = [], set()
+        now = (heavy | asked) - self._pending
         return [(name, plugin) for name, plugin in plugins if name in now]
 
     def _is_due(self, name: str, plugin: Scheduled, step: int) -> bool:

@@ -71,7 +71,7 @@ class Control:
             readings: where they are counted.
 
         Raises:
-            ConfigurationError: there are controllers, and an optimizer or a run that they must not touch.
+            ConfigurationError: there are controllers, and an optimizer that they must not touch.
         """
         self.log = InterventionLog(readings, {name for name, one in controllers if one.lengthens})
         self._controllers, self._optimizers = controllers, optimizers
@@ -82,7 +82,6 @@ class Control:
         self._snapshots = {name: RunSnapshot(read_tensors, optimizers, schedulers) for name, _ in controllers}
         self._decay_rules = DecayRules() if any(one.per_parameter for _, one in controllers) else None
         self._refuse_watch_only()
-        self._refuse_ranks()
         for name, _ in controllers:
             for decision in (Scale, Decay, Withhold, Reject, RollBack, Stop):
                 readings.count(metrics.INTERVENTIONS, 0, name, decision.action)
@@ -93,7 +92,12 @@ class Control:
         return {one.sub_sample for _, one in self._controllers if one.sub_sample is not None}
 
     def begin(
-        self, layers: Sequence[MatrixLayer], held_by: Callable[[Optimizer], Mapping[str, Tensor]], notes: Notes
+        self,
+        layers: Sequence[MatrixLayer],
+        held_by: Callable[[Optimizer], Mapping[str, Tensor]],
+        notes: Notes,
+        *,
+        sharded: bool = False,
     ) -> None:
         """Tell the controllers what they are to control; ``held_by``: an optimizer's parameters, by name."""
         rates: dict[str, Rates] = {}
@@ -107,7 +111,7 @@ class Control:
                 )
             rates.update(self._decay_rules.rates(optimizer, parameters))
         for name, controller in self._controllers:
-            controller.begin(RunOutline(layers, self._optimizers, rates, partial(_say, notes, name)))
+            controller.begin(RunOutline(layers, self._optimizers, rates, partial(_say, notes, name), sharded))
 
     # The step, in order ---------------------------------------------------------------------------------------------
 
@@ -348,14 +352,6 @@ class Control:
                     f"got controllers on {type(optimizer).__name__}, which may only be monitored: {reason}. Leave "
                     "controllers out."
                 )
-
-    def _refuse_ranks(self) -> None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self._controllers and distributed and (ranks := torch.distributed.get_world_size()) > 1:
-            raise ConfigurationError(
-                f"got controllers in a run of {ranks} ranks; expected one: each rank would decide by its own batch, "
-                "and the ranks' parameters would part. Leave controllers out; monitoring such a run is fine."
-            )
 
 
 def _differ(decided: Number, before: Number, precision: torch.dtype) -> bool:

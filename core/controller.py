@@ -202,12 +202,14 @@ class RunOutline:
         optimizers: of the joint step.
         rates: by parameter name, of all parameters that the optimizers hold, where a controller decides on single ones.
         note: says something once, as a warning and in the report.
+        sharded: whether parameters lie in parts on several ranks.
     """
 
     layers: Sequence[MatrixLayer]
     optimizers: Sequence[Optimizer]
     rates: Mapping[str, Rates]
     note: Callable[[str], None]
+    sharded: bool = False
 
 
 class Controller:
@@ -218,6 +220,8 @@ class Controller:
     - What it has to know on the host it reads from ``step.start``, one wait for all who ask, before the update; after
       the update it decides in tensors.
     - It can be pickled, and what lasts between steps is in ``state_dict``.
+    - On several ranks each has one of its own, and all must come to the same decisions: it goes by what the step gives,
+      which is the same on every rank, and of tensors that lie in parts by ``step.layout``.
     """
 
     needs: ClassVar[Need] = Need.UPDATE

@@ -30,11 +30,15 @@ class Monitor:
     - It leaves its readings on the device: no ``.item()``, no copy to the host.
     - What cannot be measured is not written, or written as absent; never as a number.
     - It can be pickled, and what lasts between steps is in ``state_dict``.
+    - On several ranks it is due at the same steps on all, and asks the step for the same things: what it is given there
+      the ranks measure together.
     """
 
     needs: ClassVar[Need] = Need.NOTHING
     after_commit: ClassVar[bool] = False
     """Whether to measure what was committed; by default the step is measured as the optimizer proposed it."""
+    light: ClassVar[bool] = False
+    """Whether it costs next to nothing: then no budget puts it off."""
 
     def __init__(self, every: int | Schedule) -> None:
         """``every``: an int, "every n steps", or a callable ``step -> bool``; steps count from 0."""

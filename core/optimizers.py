@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from redline.errors import ConfigurationError
+from redline.ranks import Ranks
+from redline.sharding import Sharding, is_sharded, local_part, together
 
 # Wrappers whose inner optimizer is where steps really happen.
 _WRAPPERS = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
@@ -106,13 +109,37 @@ def numbered(names: Sequence[str]) -> list[str]:
     ]
 
 
-def gradient_norm(optimizer: Optimizer, parameters: Iterable[Tensor]) -> Tensor | None:
-    """L2 norm of the gradients, 0-d, or None if there are none.
+def gradient_norm(optimizer: Optimizer, parameters: Iterable[Tensor], ranks: Ranks | None = None) -> Tensor | None:
+    """L2 norm of the gradients, 0-d, or None if there are none; of DTensors over all of their parts.
 
     Sparse gradients count by their values; half precision is summed in float32; what a fused optimizer still has to
     unscale under AMP is unscaled.
+
+    Args:
+        optimizer: whose gradients they are.
+        parameters: that have them.
+        ranks: of the run.
     """
     gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
+    sharded = any(map(is_sharded, gradients))
+    norm = _norm_over(gradients, ranks or Ranks()) if sharded else _norm(gradients)
+    scale = getattr(optimizer, "grad_scale", None)
+    return norm if norm is None or scale is None else norm / scale.to(norm.device)
+
+
+def _norm_over(gradients: Iterable[Tensor], ranks: Ranks) -> Tensor:
+    parts: dict[float, list[Tensor]] = defaultdict(list)  # by what they count in the sum over ranks
+    for gradient in gradients:
+        sharding = Sharding.of(gradient, ranks.size) if is_sharded(gradient) else None
+        part = local_part(gradient)
+        parts[1 / ranks.size if sharding is None else sharding.share].append(
+            part if sharding is None else sharding.summed(part)
+        )
+    squares = [share * norm.double().square() for share, some in parts.items() if (norm := _norm(some)) is not None]
+    return ranks.total(together(squares).sum()).sqrt()
+
+
+def _norm(gradients: Iterable[Tensor]) -> Tensor | None:
     dense = [g.coalesce().values() if g.layout == torch.sparse_coo else g for g in gradients]
     wide = [g for g in dense if g.dtype not in (torch.float16, torch.bfloat16)]
     norms = [
@@ -120,8 +147,7 @@ def gradient_norm(optimizer: Optimizer, parameters: Iterable[Tensor]) -> Tensor 
     ]
     if wide:
         norms.append(torch.nn.utils.get_total_norm(wide))
-    norm, scale = joint_norm(norms), getattr(optimizer, "grad_scale", None)
-    return norm if norm is None or scale is None else norm / scale.to(norm.device)
+    return joint_norm(norms)
 
 
 def joint_norm(norms: Iterable[Tensor]) -> Tensor | None:
@@ -156,9 +182,13 @@ class OptimizerState:
     groups: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, optimizer: Optimizer, copied: Callable[[Any], Any] | None = None) -> OptimizerState:
-        """Take a snapshot; ``copied`` makes a copy of a tensor or of anything else."""
-        copied = copied or copy_of
+    def of(cls, optimizer: Optimizer, copy_leaf: Callable[[Any], Any] | None = None) -> OptimizerState:
+        """Take a snapshot, of DTensors this rank's part; ``copy_leaf`` makes a copy of a tensor or of anything else."""
+        make = copy_leaf or copy_of
+
+        def copied(leaf: Any) -> Any:
+            return make(local_part(leaf) if isinstance(leaf, Tensor) and is_sharded(leaf) else leaf)
+
         places = {parameter: place for place, parameter in enumerate(_parameters(optimizer))}
         return cls(
             {places.get(key, key): tree_map(copied, value) for key, value in optimizer.state.items()},
@@ -199,9 +229,11 @@ def _restore(current: dict[Any, Any], kept: dict[Any, Any], owner: Any, spare: t
         del current[key]
     for key, value in kept.items():
         present = current.get(key)
-        if isinstance(value, Tensor) and isinstance(present, Tensor) and present.shape == value.shape:
-            present.copy_(value)
+        here = local_part(present) if isinstance(present, Tensor) else None
+        if isinstance(value, Tensor) and here is not None and here.shape == value.shape:
+            here.copy_(value)
         elif isinstance(value, Tensor) and isinstance(owner, Tensor) and value.dim():
-            current[key] = value.to(owner.device, copy=True)
+            moved = value.to(owner.device, copy=True)
+            current[key] = Sharding.of(owner).whole(moved) if is_sharded(owner) else moved
         else:
             current[key] = copy_of(value)  # the snapshot may be put back again

@@ -11,7 +11,6 @@ from torch import Tensor
 from redline.controller import AfterUpdate, Controller, Reject, RunOutline, Scale
 from redline.errors import ConfigurationError
 from redline.monitor import Need
-from redline.numerics.radii import normalized_step_size
 from redline.sample_memory import check_sub_sample
 from redline.step import Step
 from redline.tangent_probe import StepTangent
@@ -52,7 +51,7 @@ class RadiusController(Controller):
 
     def size(self, tangent: StepTangent) -> Tensor:
         """``r``, 0-d."""
-        return normalized_step_size(tangent.tangent, tangent.told, self._quantile)
+        return tangent.told_step_size(self._quantile)
 
     def begin(self, run: RunOutline) -> None:
         """The first step has to be measurable."""

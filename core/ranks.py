@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import zlib
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from redline.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 _ARRIVAL = 300.0  # seconds for all ranks to attach; models are loaded at different speeds
 _attached = count()  # every process attaches in the same order: the n-th time is everybody's n-th time
@@ -23,7 +26,7 @@ class Ranks:
 
     What one is told all are told: each call is a collective that every rank makes at the same point of the same step.
     Messages go over a group of Redline's own, so that they never mix with the run's. Nobody's host waits for an
-    accelerator, but in ``any``.
+    accelerator.
 
     Attributes:
         rank: this process's place, from 0.
@@ -66,15 +69,31 @@ class Ranks:
         torch.distributed.all_gather(rows, row.detach().contiguous(), group=self._group)
         return torch.stack(rows)
 
+    def highest(self, number: Tensor) -> Tensor:
+        """The largest of the ranks' 0-d tensors; NaN if one is."""
+        return number if self._group is None else self.rows(number.reshape(1)).amax()
+
     def any(self, flag: bool) -> bool:
         """Whether it is true on any rank; hosts wait for one another, not for their devices."""
         if self._group is None:
             return flag
+        told = torch.tensor(int(flag))
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self._hosts())
+        return bool(told)
+
+    def objects(self, of_this: T) -> list[T]:
+        """Every rank's object, by rank, pickled on the way; hosts wait for one another, not for their devices."""
+        if self._group is None:
+            return [of_this]
+        told: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(told, of_this, group=self._hosts())
+        return told
+
+    def _hosts(self) -> ProcessGroup:
+        """A group that does not go through the devices, made when first asked for."""
         if self._of_hosts is None:
             self._of_hosts = torch.distributed.new_group(backend="gloo")
-        told = torch.tensor(int(flag))
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self._of_hosts)
-        return bool(told)
+        return self._of_hosts
 
     def _meet(self) -> None:
         """See that every rank attaches, ahead of the first call that would wait for it without end."""
@@ -88,3 +107,19 @@ class Ranks:
                     "decided on, by all of them together. Attach on every rank; sinks speak on rank 0 alone anyway."
                 )
             time.sleep(0.01)
+
+    def refuse_different(self, said: str, what: str, device: torch.device | None = None) -> None:
+        """Raise on all ranks where not all say the same.
+
+        Args:
+            said: anything; its checksum is compared.
+            what: it is, and why it has to be the same, for the message.
+            device: where the group's tensors are; the host by default.
+
+        Raises:
+            ConfigurationError: one of them differs from rank 0.
+        """
+        told = self.rows(torch.tensor([zlib.crc32(said.encode())], device=device)).flatten().tolist()
+        for rank, one in enumerate(told):
+            if one != told[0]:
+                raise ConfigurationError(f"got other {what} on rank {rank} than on rank 0; expected the same on all.")

@@ -37,8 +37,10 @@ from redline.optimizers import (
 from redline.overhead_budget import OverheadBudget, checked_share
 from redline.own_time import Account, OwnTime
 from redline.parameters import ParameterNames, matrix_layers
+from redline.ranks import Ranks
 from redline.readings import Readings, RunInfo, Snapshot
 from redline.report import KeptSnapshot, StabilityReport
+from redline.sharding import Layout, is_sharded, local_part
 from redline.sink import Sink
 from redline.spectrum_tracker import SpectrumTracker
 from redline.step import Step
@@ -106,6 +108,12 @@ class Session:
         self._names = ParameterNames(self._model, self._optimizers, self._notes)
         self._layers = matrix_layers(self._model, self._notes)
         self._labels = optimizer_labels(self._optimizers)
+        self._ranks = ranks = Ranks.of_run()
+        parameters = self._named_parameters()
+        if ranks.size > 1:
+            self._refuse_different_ranks(parameters)
+        self._layout = Layout(ranks, parameters)
+        self._ranks_observe: bool | None = None  # whether any rank is told the loss; found out at the first step
 
         self._history = RunHistory()
         self._readings = Readings(self._history.record)
@@ -120,7 +128,7 @@ class Session:
             self._transaction,
             self._readings,
         )
-        self._control.begin(self._layers, self._names.held_by, self._notes)
+        self._control.begin(self._layers, self._names.held_by, self._notes, sharded=bool(self._layout.shardings))
         self._time = OwnTime(next((parameter.device for parameter in self._model.parameters()), None))
         self._budget = OverheadBudget(budget)
         if budget is not None:
@@ -145,7 +153,7 @@ class Session:
 
         self._capture = ForwardCapture(model, module, self.before_forward, lambda: self._at_work_for(Need.TANGENT))
         self._probe = TangentProbe(
-            self._capture, logits, batch_dim, self._notes, around_replay, self._control.sub_samples
+            self._capture, logits, batch_dim, self._notes, around_replay, self._control.sub_samples, self._layout
         )
         self._hooks = [OptimizerHooks(optimizer, self) for optimizer in self._optimizers]
         self._delivery = Delivery(self._readings, self._control.log, named_sinks, run, self._notes)
@@ -263,14 +271,18 @@ class Session:
         self._delivery.refresh()
         self._arm()
 
-    def close(self) -> None:
-        """Conclude an open step, take every hook off and let the sinks finish. Calling it again does nothing."""
+    def close(self, *, failed: bool = False) -> None:
+        """Conclude an open step, take every hook off and let the sinks finish. Calling it again does nothing.
+
+        ``failed``: the run ended in an error. On several ranks an open step is then given up: to conclude it would be
+        to wait for the others, which may not come.
+        """
         if self._closed:
             return
         self._closed = True
         try:
             with self._at_work():
-                if self._stepped:
+                if self._stepped and not (failed and self._ranks.size > 1):
                     self._conclude()
         finally:
             self._discard()
@@ -285,7 +297,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=kind is not None)
 
     # The step, in order ---------------------------------------------------------------------------------------------
 
@@ -314,7 +326,7 @@ class Session:
                 if self._step is None:
                     step = self._begin()
                     self._measure_gradients(step, self._optimizers)
-                    step.loss, step.scaled = self._loss, bool(self._controllers) and is_stepped_by_scaler()
+                    step.observed, step.scaled = self._loss, bool(self._controllers) and is_stepped_by_scaler()
                     with self._in_control():
                         self._control.open(step)
                 else:
@@ -342,6 +354,8 @@ class Session:
 
     def _begin(self) -> Step:
         self._readings.step = self._index
+        if self._ranks_observe is None:
+            self._ranks_observe = self._ranks.any(self._loss is not None)
         groups = [
             (label, str(group.get("name", k)), group)
             for label, optimizer in zip(self._labels, self._optimizers, strict=True)
@@ -351,13 +365,14 @@ class Session:
             self._index,
             groups,
             self._layers,
-            lambda: dict(self._model.named_parameters()),
+            self._weights,
+            self._gradients,
             self._transaction,
             self._read,
             self._take_tangent,
-            lambda tolerance: self._weight_spectra.measure(
-                self._layers, dict(self._model.named_parameters()), tolerance
-            ),
+            lambda tolerance: self._weight_spectra.measure(self._layers, self._weights(), tolerance, self._layout),
+            self._layout,
+            self._ranks_observe,
         )
         self._gradient_norms = {}
         return self._step
@@ -367,7 +382,7 @@ class Session:
             return
         with self._at_work_for(Need.GRADIENTS):
             for optimizer in optimizers:
-                norm = gradient_norm(optimizer, self._names.of(optimizer).values())
+                norm = gradient_norm(optimizer, self._names.of(optimizer).values(), self._ranks)
                 if norm is not None:
                     self._gradient_norms[optimizer] = norm
             step.gradient_norm = joint_norm(self._gradient_norms.values())
@@ -376,7 +391,7 @@ class Session:
         """All optimizers have stepped, or those that will: measure, decide, commit, publish."""
         step = self._step
         assert step is not None
-        step.loss, self._loss = self._loss, None
+        step.observed, self._loss = self._loss, None
         step.update_changed()  # what was measured ahead of the update is of other weights
         step.gradient_norm = joint_norm([norm for one, norm in self._gradient_norms.items() if one in self._stepped])
         try:
@@ -438,22 +453,49 @@ class Session:
         """Decide, once, what the next step is for; its inputs are kept only if somebody will ask for a tangent."""
         if self._budget.share is not None:
             self._budget.settle(*self._time.totals()[:2])
-        put_off = self._budget.in_debt
-        self._due = self._monitors_due.due(self._monitors, self._index, put_off=put_off)
-        self._due_sinks = self._sinks_due.due(self._delivery.sinks, self._index, put_off=put_off)
+        in_debt = self._budget.in_debt
+        self._due = self._monitors_due.due(
+            self._monitors, self._index, put_off=lambda: self._budget.share is not None and self._ranks.any(in_debt)
+        )
+        self._due_sinks = self._sinks_due.due(self._delivery.sinks, self._index, put_off=lambda: in_debt)
         self._needs = self._controllers_need = _joint_needs(self._controllers)
         self._needs |= _joint_needs(self._due)
         self._capture.armed = Need.TANGENT in self._needs
 
     def _live_tensors(self) -> dict[str, Tensor]:
-        """What training changes: the parameters that the optimizers move, and the buffers, by name."""
+        """What training changes: the parameters that the optimizers move, and the buffers; of DTensors this rank's."""
         moved = {
             name: parameter
             for optimizer in self._optimizers
             for name, parameter in self._names.held_by(optimizer).items()
             if parameter.requires_grad or parameter in optimizer.state  # frozen for now, as Lightning toggles them
         }
-        return {**moved, **dict(self._model.named_buffers())}
+        live = {**moved, **dict(self._model.named_buffers())}
+        return {name: local_part(one) if is_sharded(one) else one for name, one in live.items()}
+
+    def _named_parameters(self) -> dict[str, Tensor]:
+        """All parameters, those that only the optimizers hold among them."""
+        held = [self._names.held_by(optimizer) for optimizer in self._optimizers]
+        return {**dict(self._model.named_parameters()), **{name: one for some in held for name, one in some.items()}}
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The model's parameters as they stand; of a DTensor the part on this rank."""
+        return {name: local_part(parameter) for name, parameter in self._model.named_parameters()}
+
+    def _gradients(self) -> dict[str, Tensor | None]:
+        """Likewise."""
+        named = self._model.named_parameters()
+        return {name: None if one.grad is None else local_part(one.grad) for name, one in named}
+
+    def _refuse_different_ranks(self, parameters: Mapping[str, Tensor]) -> None:
+        device = local_part(next(iter(parameters.values()))).device
+        self._ranks.refuse_different(
+            str([(name, tuple(parameter.shape)) for name, parameter in parameters.items()]),
+            "parameters (stages of a pipeline cannot be measured as one model)",
+            device,
+        )
+        named = [name for name, _ in (*self._monitors, *self._controllers)]
+        self._ranks.refuse_different(str(named), "monitors and controllers (they measure together)", device)
 
     def _take_tangent(self, update: Mapping[str, Tensor], max_samples: int | None, remember: int) -> Any:
         taken = self._probe.measure(

@@ -20,7 +20,7 @@ class SpectrumTracker:
         self._seed = seed
 
     def measure(
-        self, layers: Sequence[MatrixLayer], tensors: Mapping[str, Tensor], tolerance: float
+        self, layers: Sequence[MatrixLayer], tensors: Mapping[str, Tensor], tolerance: float, layout: object = None
     ) -> SpectralEstimate:
         """Top singular values of the layers' matrices.
 

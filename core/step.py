@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from redline.host_copy import moved_to
 from redline.margins import StepMargins
 from redline.numerics.spectra import SpectralEstimate
 from redline.parameters import MatrixLayer
+from redline.sharding import Layout
 from redline.tangent_probe import StepTangent
 from redline.transaction import StepTransaction
 from redline.weight_decay import Rates
@@ -23,7 +25,8 @@ class Update:
     """The update ``p`` of one step.
 
     Attributes:
-        tensors: by parameter name, ``theta - theta_before``; float32 for half-precision parameters.
+        tensors: by parameter name, ``theta - theta_before``; float32 for half-precision parameters. Of a DTensor the
+            part on this rank.
         norm: ``tau``, the global L2 norm of ``p``, 0-d.
     """
 
@@ -50,7 +53,8 @@ class Step:
 
     Attributes:
         index: optimizer steps before this one.
-        loss: as it was observed, 0-d, or None.
+        layout: how the parameters lie over the ranks of the run.
+        observed: the loss as it was observed on this rank, 0-d, or None.
         gradient_norm: L2 norm of all optimizers' gradients, 0-d; None where no one needed it. Before the update,
             gradients that AMP unscales only at a later optimizer's own step still carry the loss scale.
         scaled: whether a GradScaler steps the optimizer.
@@ -68,20 +72,26 @@ class Step:
         groups: Sequence[tuple[str, str, Mapping[str, Any]]],
         layers: Sequence[MatrixLayer],
         read_weights: Callable[[], Mapping[str, Tensor]],
+        read_gradients: Callable[[], Mapping[str, Tensor | None]],
         transaction: StepTransaction,
         to_host: Callable[[Sequence[Tensor]], list[float]],
         take_tangent: Callable[[Mapping[str, Tensor], int | None, int], StepTangent | None],
         measure_weights: Callable[[float], SpectralEstimate],
+        layout: Layout,
+        ranks_observe: bool,
     ) -> None:
         self.index, self.groups, self.layers = index, groups, layers
-        self.loss: Tensor | None = None
+        self.layout, self._ranks_observe = layout, ranks_observe
+        self.observed: Tensor | None = None
         self.gradient_norm: Tensor | None = None
         self.scaled = False
         self.withheld = False
         self.rates: dict[str, Rates] = {}
         self.decided_by: set[tuple[int | None, int]] = set()
-        self._read_weights, self._transaction, self._to_host = read_weights, transaction, to_host
+        self._read_weights, self._read_gradients = read_weights, read_gradients
+        self._transaction, self._to_host = transaction, to_host
         self._start: StepStart | None = None
+        self._agreed: tuple[Tensor, Tensor] | None = None  # loss and gradient norm
         self._take_tangent, self._measure_weights = take_tangent, measure_weights
         self._update: Update | None = None
         self._norms: Tensor | None = None
@@ -94,14 +104,44 @@ class Step:
         """Loss and gradient norm on the host: both in one copy, the one wait of a step, before the update."""
         if self._start is None:
             asked = {"loss": self.loss, "gradient_norm": self.gradient_norm}
+            if self.gradient_norm is not None and self.layout.ranks.size > 1:
+                asked["gradient_norm"] = self._agree()[1]
             given = {name: tensor for name, tensor in asked.items() if tensor is not None}
             numbers = dict(zip(given, self._to_host(list(given.values())), strict=True))
             self._start = StepStart(numbers.get("loss"), numbers.get("gradient_norm"), self.scaled)
         return self._start
 
     @property
+    def loss(self) -> Tensor | None:
+        """As it was observed, 0-d, or None: on several ranks the mean over those that observed one."""
+        if self.layout.ranks.size == 1:
+            return self.observed
+        return self._agree()[0] if self._ranks_observe else None
+
+    def _agree(self) -> tuple[Tensor, Tensor]:
+        """Loss and gradient norm, the same on every rank, as of when they are first asked for: one message a step."""
+        if self._agreed is None:
+            device = next(iter(self.weights.values())).device
+            nothing = torch.zeros((), device=device)
+            told = [
+                torch.full_like(nothing, float(self.observed is not None)),
+                nothing if self.observed is None else self.observed,
+                nothing if self.gradient_norm is None else self.gradient_norm,
+            ]
+            observes, loss, norm = self.layout.ranks.rows(
+                torch.stack([moved_to(one, device).double() for one in told])
+            ).unbind(1)
+            self._agreed = loss.sum() / observes.sum(), norm.amax()
+        return self._agreed
+
+    @property
+    def gradients(self) -> Mapping[str, Tensor | None]:
+        """The gradients of the model's parameters, by name; of a DTensor the part on this rank."""
+        return self._read_gradients()
+
+    @property
     def weights(self) -> Mapping[str, Tensor]:
-        """The model's parameters as they stand, by name."""
+        """The model's parameters as they stand, by name; of a DTensor the part on this rank."""
         return self._read_weights()
 
     @property
@@ -109,7 +149,7 @@ class Step:
         """The update as it stands; only for those who declared ``Need.UPDATE``."""
         if self._update is None:
             tensors = self._transaction.update()
-            self._update = Update(tensors, torch.nn.utils.get_total_norm(list(tensors.values())))
+            self._update = Update(tensors, self.layout.norm(tensors))
         return self._update
 
     @property
@@ -119,9 +159,7 @@ class Step:
         Only for those who declared ``Need.UPDATE``. It keeps no update: a step that needs no more costs no copy.
         """
         if self._norms is None:
-            norms = [torch.linalg.vector_norm(part) for part in self._transaction.parts()]
-            together = [moved_to(norm, norms[0]) for norm in norms]
-            self._norms = torch.stack(together) if together else torch.zeros(0)
+            self._norms = self.layout.norms(self._transaction.parts())
         return self._norms
 
     def read(self, numbers: Sequence[Tensor]) -> list[float]:
@@ -168,13 +206,18 @@ class Step:
     def margins(self) -> StepMargins | None:
         """``r`` of each sample of the step as proposed, or None where it is not known by sample."""
         tangent = self._proposed or self._widest_tangent
-        return None if tangent is None else tangent.margins(self.index)
+        if tangent is None:
+            return None
+        own = tangent.margins(self.index)
+        return (
+            own if self.layout.ranks.size == 1 else StepMargins.over(self.layout.ranks, self.index, own, tangent.spread)
+        )
 
     @property
     def _widest_tangent(self) -> StepTangent | None:
         """The tangent over the most samples that it was measured on, or None if nobody measured it."""
-        taken = [tangent for tangent in self._tangents.values() if tangent is not None]
-        return max(taken, key=lambda tangent: tangent.samples) if taken else None
+        taken = {asked: tangent for asked, tangent in self._tangents.items() if tangent is not None}
+        return taken[max(taken, key=lambda asked: (asked[0] or math.inf, asked[1]))] if taken else None
 
     @property
     def normalized_step_size(self) -> Tensor | None:

@@ -20,9 +20,11 @@ from redline.margins import StepMargins, by_sample
 from redline.notes import Notes
 from redline.numerics.exact_radius import LeastRadius, least_ghost_radius
 from redline.numerics.layer_recorder import LayerSteps
-from redline.numerics.radii import tangent_spread
+from redline.numerics.radii import normalized_step_size, tangent_spread
 from redline.numerics.tangents import FINITE_DIFFERENCE, METHODS, LogitTangent, logit_tangent
+from redline.ranks import Ranks
 from redline.sample_memory import SampleMemory, spread_over
+from redline.sharding import Layout
 
 # The finite difference is good to about 1 %, half precision to a few; a method that drops a term is off by far more.
 AGREEMENT = 0.1
@@ -30,7 +32,9 @@ AGREEMENT = 0.1
 
 @dataclass
 class StepTangent:
-    """The logit tangent ``J_z p`` of one step.
+    """The logit tangent ``J_z p`` of one step, on the samples of this rank.
+
+    What it comes to is the same on every rank: the largest size, the least radius, and samples, of all of them.
 
     Attributes:
         logits: ``(..., classes)`` at ``theta_before``, float32 or float64.
@@ -41,6 +45,7 @@ class StepTangent:
         batch: samples in the batch.
         batch_dim: of the model's inputs.
         layers: how long the step is for attention and activations; None if nobody needs it, or by finite difference.
+        ranks: of the run, each of which has a tangent of its own.
     """
 
     logits: Tensor
@@ -51,12 +56,19 @@ class StepTangent:
     batch: int
     batch_dim: int
     layers: LayerSteps | None = None
+    ranks: Ranks = field(default_factory=Ranks, repr=False)
     _exact: tuple[float, LeastRadius] | None = field(default=None, init=False, repr=False)
 
     @property
     def samples(self) -> int:
-        """How many samples were measured."""
+        """How many samples were measured on this rank."""
         return len(self.index)
+
+    @cached_property
+    def samples_of_all(self) -> tuple[Tensor, Tensor]:
+        """How many samples were measured, and were in the batch, on all ranks; each 0-d."""
+        total = self.ranks.total(torch.tensor([self.samples, self.batch]).to(self.logits.device, non_blocking=True))
+        return total[0], total[1]
 
     @cached_property
     def spread(self) -> Tensor:
@@ -70,19 +82,25 @@ class StepTangent:
         told = ~(self.tangent.amax(-1).isnan() | self.logits.amax(-1).isnan())  # a maximum hands NaN on
         return told if self.mask is None else told & self.mask
 
-    @property
+    @cached_property
     def normalized_step_size(self) -> Tensor:
         """``r`` over all positions that count, 0-d, 0 if there are none; over a sub-sample an estimate from below."""
-        return self.spread.amax() / math.pi if self.spread.numel() else self.spread.new_zeros(())
+        r = self.spread.amax() / math.pi if self.spread.numel() else self.spread.new_zeros(())
+        return self.ranks.highest(r)
 
-    def least_radius(self, within: float = math.inf) -> LeastRadius:
-        """The least exact radius over the positions ``told``, in steps; see ``least_ghost_radius``.
+    def told_step_size(self, quantile: float = 1.0) -> Tensor:
+        """``r`` over the positions ``told``, 0-d, or a quantile of it; on several ranks the largest of theirs."""
+        return self.ranks.highest(normalized_step_size(self.tangent, self.told, quantile))
 
-        Waits for the device. What was found for a larger ``within`` is not searched for again.
+    def least_radius(self, within: float = math.inf) -> Tensor:
+        """The least exact radius over the positions ``told``, in steps, 0-d; see ``least_ghost_radius``.
+
+        The proven lower end of it. Waits for the device. What was found for a larger ``within`` is not searched for
+        again.
         """
         if self._exact is None or within > self._exact[0]:
             self._exact = within, least_ghost_radius(self.logits, self.tangent, self.told, within=within)
-        return self._exact[1]
+        return -self.ranks.highest(-self._exact[1].lower)
 
     def margins(self, step: int) -> StepMargins | None:
         """``r`` of each sample, or None where logits cannot be told by sample."""
@@ -106,6 +124,7 @@ class TangentProbe:
         notes: Notes,
         around_replay: Callable[[], AbstractContextManager[Any]],
         decided_by: Collection[tuple[int | None, int]] = (),
+        layout: Layout | None = None,
     ) -> None:
         """What to measure, and how.
 
@@ -116,9 +135,10 @@ class TangentProbe:
             notes: takes what could not be measured.
             around_replay: what has to be open around each further call of the model.
             decided_by: the sub-samples that decisions go by, as ``max_samples`` and ``remember``.
+            layout: how the parameters lie over the ranks of the run.
         """
         self._capture, self._logits, self._batch_dim, self._notes = capture, logits, batch_dim, notes
-        self._around_replay = around_replay
+        self._around_replay, self._layout = around_replay, layout or Layout()
         self._method = "auto"
         self._checked = False
         self._memories: dict[tuple[int, int], SampleMemory] = {}  # by max_samples and remember
@@ -136,10 +156,12 @@ class TangentProbe:
     ) -> StepTangent | None:
         """The tangent along ``update`` at ``before`` on the captured inputs, or None where it cannot be taken.
 
+        On several ranks each takes its own; where one cannot, none has any.
+
         Args:
             parameters: the live parameters, by name: they say which of the module's own each name means.
-            before: their values before the step.
-            update: the step.
+            before: their values before the step; of a DTensor the part on this rank.
+            update: the step, likewise.
             max_samples: the most samples of the batch to use; None for all.
             remember: samples that bound lately to measure besides a sub-sample.
             layers: also gather how long the step is for attention and activations.
@@ -147,6 +169,25 @@ class TangentProbe:
         Raises:
             ConfigurationError: the logits cannot be told, or are no floating tensor.
         """
+        ranks, taken = self._layout.ranks, None
+        try:
+            taken = self._measure(parameters, before, update, max_samples, remember, layers)
+        finally:  # whatever became of it, the others wait to hear
+            failed = ranks.any(taken is None)
+        if failed and taken is not None:
+            self._notes.add("The ghost radius was not measured at some steps: it could not be on another rank.")
+        return None if failed else taken
+
+    def _measure(
+        self,
+        parameters: Mapping[str, Tensor],
+        before: Mapping[str, Tensor],
+        update: Mapping[str, Tensor],
+        max_samples: int | None,
+        remember: int,
+        layers: bool,
+    ) -> StepTangent | None:
+        """The same on this rank."""
         call = self._capture.call()
         if call is None:
             self._notes.add(
@@ -162,8 +203,8 @@ class TangentProbe:
                 "the logits, is in the optimizer."
             )
             return None
-        point = {inner: before[name] for inner, name in local.items()}
-        direction = {inner: update[name] for inner, name in local.items()}
+        point = {inner: self._whole(name, before[name]) for inner, name in local.items()}
+        direction = {inner: self._whole(name, update[name]) for inner, name in local.items()}
         batch = _batch_size(call, self._batch_dim)
         whole = max_samples is None or batch <= max_samples or couples_samples(call.module)
         with hooks_silenced(), self._around_replay():
@@ -177,8 +218,9 @@ class TangentProbe:
                 taken = self._take(call, point, direction, layers)
                 seen = self._layers(taken, call.name) if layers else None
                 found = StepTangent(
-                    taken.logits, taken.tangent, taken.mask, taken.method, index, batch, self._batch_dim, seen
-                )
+                    taken.logits, taken.tangent, taken.mask, taken.method, index, batch, self._batch_dim, seen,
+                    self._layout.ranks,
+                )  # fmt: skip
                 if samples < batch and remember:
                     r = by_sample(found.spread, found.samples, self._batch_dim)
                     if r is not None:
@@ -195,12 +237,17 @@ class TangentProbe:
                         f"The ghost radius is measured on the whole batch: a sub-sample of it failed with "
                         f"{type(error).__name__}: {_first_line(error)}"
                     )
-                    return self.measure(parameters, before, update, None, 0, layers=layers)
+                    return self._measure(parameters, before, update, None, 0, layers)
                 self._notes.add(
                     f"The ghost radius is not measured: calling {type(call.module).__name__} again on its own inputs "
                     f"failed with {type(error).__name__}: {_first_line(error)}"
                 )
                 return None
+
+    def _whole(self, name: str, part: Tensor) -> Tensor:
+        """The tensor that a part is of: a DTensor again, if the parameter is one."""
+        sharding = self._layout.shardings.get(name)
+        return part if sharding is None else sharding.whole(part)
 
     def _take(
         self,

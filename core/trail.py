@@ -31,12 +31,14 @@ class FragileSample(NamedTuple):
         sample: its place in the batch; None for one that was remembered from an earlier batch.
         r: the step over the sample's own radius, by the bound.
         exact_r: the same by the exact radius, or None where that is not known.
+        rank: in whose batch.
     """
 
     step: int
     sample: int | None
     r: float
     exact_r: float | None
+    rank: int = 0
 
 
 @dataclass(frozen=True)

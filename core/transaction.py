@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from redline.host_copy import moved_to
+from redline.sharding import local_part
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -33,7 +34,8 @@ class StepTransaction:
     """One joint step over the parameters it is told of, by name.
 
     Decisions gather until ``commit`` writes them: up to then the parameters are as the optimizer left them. A tensor
-    that is given as a number, 0-d or broadcasting against the parameter, is never waited for.
+    that is given as a number, 0-d or broadcasting against the parameter, is never waited for. Of a DTensor it moves the
+    part that lies on this rank, and all its tensors are such parts.
     """
 
     def __init__(self) -> None:
@@ -47,15 +49,15 @@ class StepTransaction:
         for name, parameter in parameters.items():
             if name not in self.before:
                 self.parameters[name] = parameter
-                self.before[name] = parameter.detach().clone()
+                self.before[name] = local_part(parameter).clone()
 
     def update(self) -> dict[str, Tensor]:
         """What is left of ``p``, by name, after what was decided so far; float32 for half precision."""
         return {name: self._left_of_update(name) for name in self.parameters}
 
-    def parts(self) -> Iterator[Tensor]:
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
         """The same, one tensor after the other, so that no more than one need be there at a time."""
-        return (self._left_of_update(name) for name in self.parameters)
+        return ((name, self._left_of_update(name)) for name in self.parameters)
 
     def scale(self, factor: float | Tensor, names: Iterable[str] | None = None) -> None:
         """Decide to commit ``factor`` times what is left of the update of all parameters, or of the named ones."""
@@ -80,7 +82,7 @@ class StepTransaction:
         parameter is as it was before.
         """
         for name, (alpha, beta) in self._shares.items():
-            parameter, before = self.parameters[name].detach(), self.before[name]
+            parameter, before = local_part(self.parameters[name]), self.before[name]
             if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
                 alpha, beta = _on(parameter, alpha), _on(parameter, beta)
                 moved = (_wide(before) + self._left_of_update(name)).to(parameter.dtype)
@@ -97,7 +99,7 @@ class StepTransaction:
     def _left_of_update(self, name: str) -> Tensor:
         alpha, beta = self._shares.get(name, _ALL)
         before = _wide(self.before[name])
-        update = _part(alpha, _wide(self.parameters[name].detach()) - before)
+        update = _part(alpha, _wide(local_part(self.parameters[name])) - before)
         return update + _part(beta, before) if isinstance(beta, Tensor) or beta != 0 else update
 
     def withhold(self, parameters: Iterable[Tensor]) -> None:

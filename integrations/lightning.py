@@ -124,7 +124,7 @@ class RedlineCallback(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Detach: nothing of Redline stays behind a fit that failed."""
-        self._close()
+        self._close(failed=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The session's state."""
@@ -137,9 +137,9 @@ class RedlineCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "session": None}
 
-    def _close(self) -> None:
+    def _close(self, *, failed: bool = False) -> None:
         if self.session is not None:
-            self.session.close()
+            self.session.close(failed=failed)
 
 
 @contextmanager

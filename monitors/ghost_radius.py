@@ -66,11 +66,12 @@ class GhostRadius(Monitor):
         readings.gauge(metrics.NORMALIZED_STEP_SIZE, r)
         # A step that moves no logit has no ghosts, not even one of length 0.
         readings.gauge(metrics.GHOST_RADIUS, (tau / r).masked_fill(r == 0, math.inf))
-        readings.gauge(metrics.TANGENT_SAMPLES, tangent.samples)
-        readings.gauge(metrics.BATCH_SAMPLES, tangent.batch)
+        samples, batch = tangent.samples_of_all
+        readings.gauge(metrics.TANGENT_SAMPLES, samples)
+        readings.gauge(metrics.BATCH_SAMPLES, batch)
         if self.exact:
             # In steps; of a step of which r is not known, neither is this.
-            radius = torch.where(r.isnan(), math.nan, tangent.least_radius().lower.to(r))
+            radius = torch.where(r.isnan(), math.nan, tangent.least_radius().to(r))
             readings.gauge(metrics.EXACT_GHOST_RADIUS, (tau * radius).masked_fill(r == 0, math.inf))
             readings.gauge(metrics.EXACT_STEP_SIZE, 1 / radius)
             readings.gauge(metrics.EXACT_TO_BOUND_RATIO, radius * r)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from redline import metrics
 from redline.errors import ConfigurationError
+from redline.layer_sizes import LayerSizes, layer_sizes
 from redline.monitor import Monitor, Need
 from redline.numerics.layer_radii import QUANTILE
-from redline.numerics.layer_recorder import LayerSteps
 from redline.readings import Readings
 from redline.sample_memory import MAX_SAMPLES, REMEMBER, check_sub_sample
 from redline.schedules import Schedule
@@ -62,17 +62,20 @@ class LayerRadii(Monitor):
         """Measure the step as proposed."""
         before, self._shown = self._shown, set()
         tangent = step.tangent(self.max_samples, self.remember)
-        if tangent is not None and tangent.layers is not None:
-            self._show(tangent.normalized_step_size, tangent.layers, readings)
+        if tangent is not None:
+            r = tangent.normalized_step_size
+            sizes = layer_sizes(tangent.layers, self.quantile, step.layout.ranks, r)
+            if sizes is not None:
+                self._show(r, sizes, readings)
         for metric, label in before - self._shown:
             readings.absent(metric, label)
 
-    def _show(self, r: Tensor, layers: LayerSteps, readings: Readings) -> None:
+    def _show(self, r: Tensor, found: LayerSizes, readings: Readings) -> None:
         readings.gauge(metrics.BINDING_STEP_SIZE, r, "output")
         self._shown.add((metrics.BINDING_STEP_SIZE, "output"))
         of_each: list[tuple[str, metrics.Metric, dict[str, Tensor]]] = [
-            ("attention", metrics.ATTENTION_STEP_SIZE, layers.attention),
-            ("activation", metrics.ACTIVATION_STEP_SIZE, layers.activation(self.quantile)),
+            ("attention", metrics.ATTENTION_STEP_SIZE, found.attention),
+            ("activation", metrics.ACTIVATION_STEP_SIZE, found.activation),
         ]
         for radius, metric, sizes in of_each:
             if sizes:

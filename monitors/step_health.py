@@ -19,6 +19,7 @@ class StepHealth(Monitor):
     """
 
     needs: ClassVar[Need] = Need.GRADIENTS
+    light: ClassVar[bool] = True
 
     def __init__(self, every: int | Schedule = 1) -> None:
         """``every``: schedule; every step by default."""

@@ -163,9 +163,11 @@ def _controllers(record: Record, report: StabilityReport) -> Iterator[str]:
 def _samples(samples: Sequence[FragileSample]) -> Iterator[str]:
     if not samples:
         return
+    several = any(one.rank for one in samples)
     rows = [
         [
             f"{one.step:,}",
+            *([f"{one.rank:,}"] if several else []),
             "remembered from an earlier batch" if one.sample is None else f"{one.sample:,}",
             number(one.r),
             number(one.exact_r),
@@ -174,7 +176,7 @@ def _samples(samples: Sequence[FragileSample]) -> Iterator[str]:
     ]
     yield section(
         "Samples that came nearest to the redline",
-        table(["step", "place in the batch", "r", "r, exact"], rows, words=2),
+        table(["step", *(["rank"] if several else []), "place in the batch", "r", "r, exact"], rows, words=2 + several),
         note="Look at the data behind them: a wrong label or an input far from the others is often first here.",
     )
 

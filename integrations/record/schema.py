@@ -119,7 +119,7 @@ def line_text(line: Line) -> bytes:
             for one in line.interventions
         ],
         "samples": [
-            [one.step, one.sample, _number(one.r), None if one.exact_r is None else _number(one.exact_r)]
+            [one.step, one.sample, _number(one.r), None if one.exact_r is None else _number(one.exact_r), one.rank]
             for one in line.samples
         ],
     }
@@ -192,8 +192,8 @@ def _line(content: Mapping[str, Any]) -> Line:
         tuple(Series(metric, tuple(labels)) for metric, labels in content.get("absent", ())),
         tuple(_intervention(one) for one in content.get("interventions", ())),
         tuple(
-            FragileSample(int(step), sample, float(r), None if exact is None else float(exact))
-            for step, sample, r, exact in content.get("samples", ())
+            FragileSample(int(step), sample, float(r), None if exact is None else float(exact), *map(int, rank))
+            for step, sample, r, exact, *rank in content.get("samples", ())
         ),
     )
 

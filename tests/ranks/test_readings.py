@@ -1,0 +1,30 @@
+"""What is read on several ranks is what one process reads of the same global batch."""
+
+from __future__ import annotations
+
+import pytest
+from processes import on_ranks
+from rank_training import readings
+
+OF_THE_MACHINE = ("redline_run_info", "redline_last_step_timestamp_seconds", "redline_overhead_ratio")
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[tuple[str, ...], float]:
+    found = readings(0, "alone")
+    assert len(found) > 100
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_every_reading_of_the_first_step_is_that_of_a_single_process(
+    alone: dict[tuple[str, ...], float], how: str, size: int
+):
+    for told in on_ranks(readings, size, how):
+        assert told.keys() >= alone.keys()
+        for key, value in alone.items():
+            if key[0] not in OF_THE_MACHINE:
+                # A residual is an error, relative already: of the size of rounding, where the iteration has ended.
+                bounds = {"abs": 1e-5} if key[0].endswith("_residual") else {"rel": 1e-4}
+                assert told[key] == pytest.approx(value, **bounds), key
