@@ -86,7 +86,7 @@ class SpikeGuard(Controller):
         self._travels = self.in_checkpoints and not run.sharded
         if self.in_checkpoints and run.sharded:
             run.note(
-                "snapshots of sharded parameters stay out of checkpoints: a resumed run takes a new one at its first step."
+                "snapshots of sharded parameters stay out of checkpoints: a resumed run takes one at its first step."
             )
 
     def _forget(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import tempfile
 import time
 import traceback
@@ -63,7 +64,7 @@ def _gather(ends: list[Connection], until: float) -> list[tuple[bool, Any]]:
         for end in wait(waiting, left):
             rank = next(rank for rank, one in enumerate(ends) if one is end)
             try:
-                answers[rank] = end.recv()
+                answers[rank] = pickle.loads(end.recv_bytes())
             except EOFError:
                 answers[rank] = False, "died without a word"
     return [answers.get(rank, (False, "had not ended in time")) for rank in range(len(ends))]
@@ -76,9 +77,14 @@ def _run(
     try:
         store = dist.FileStore(str(Path(folder) / "store"), size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-        answer.send((True, function(rank, *args)))
+        _tell(answer, True, function(rank, *args))
     except BaseException:  # noqa: BLE001 told to the test, which raises
-        answer.send((False, traceback.format_exc()))
+        _tell(answer, False, traceback.format_exc())
     finally:
         answer.close()
         dist.destroy_process_group()
+
+
+def _tell(answer: Connection, ended: bool, said: Any) -> None:
+    # Tensors by value: sent as multiprocessing would they are handles to memory of a process that is about to end.
+    answer.send_bytes(pickle.dumps((ended, said)))
