@@ -86,6 +86,7 @@ GHOST_RADIUS = _define(
 NORMALIZED_STEP_SIZE = _define(
     "normalized_step_size", "gauge", "1", "r = tau / rho_a of the proposed step; 1 is the redline.", tracked=True
 )
+BINDING_RANK = _define("binding_rank", "gauge", "1", "Rank whose samples bind, in a run of several.")
 EXACT_GHOST_RADIUS = _define(
     "exact_ghost_radius", "gauge", "1", "Taylor convergence radius along the proposed step itself, rho*, as a length."
 )

@@ -85,8 +85,17 @@ class StepTangent:
     @cached_property
     def normalized_step_size(self) -> Tensor:
         """``r`` over all positions that count, 0-d, 0 if there are none; over a sub-sample an estimate from below."""
+        return self._by_rank.amax()
+
+    @property
+    def binding_rank(self) -> Tensor:
+        """The rank of the largest ``r``, 0-d, int64."""
+        return self._by_rank.argmax()
+
+    @cached_property
+    def _by_rank(self) -> Tensor:
         r = self.spread.amax() / math.pi if self.spread.numel() else self.spread.new_zeros(())
-        return self.ranks.highest(r)
+        return self.ranks.rows(r.reshape(1)).flatten()
 
     def told_step_size(self, quantile: float = 1.0) -> Tensor:
         """``r`` over the positions ``told``, 0-d, or a quantile of it; on several ranks the largest of theirs."""

@@ -19,6 +19,7 @@ from redline.monitors import default_monitors
 from redline.optimizers import raw_optimizers
 from redline.readings import RunInfo
 from redline.session import Session
+from redline.sharding import is_sharded
 from redline.sink import Sink
 
 
@@ -76,7 +77,7 @@ def attach(
         logits=logits,
         batch_dim=batch_dim,
         module=module,
-        run=describe_run(model, run),
+        run=describe_run(model, run, strategy=_strategy(model)),
         overhead_budget=overhead_budget,
     )
 
@@ -95,3 +96,14 @@ def describe_run(
         strategy=strategy,
         world_size=torch.distributed.get_world_size() if distributed else 1,
     )
+
+
+def _strategy(model: nn.Module) -> str:
+    """How the model is spread over devices, for the label: "single", "dp", "ddp", "fsdp" or "tensor_parallel"."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return "ddp"
+    if isinstance(model, nn.DataParallel):
+        return "dp"
+    if not any(map(is_sharded, model.parameters())):
+        return "single"
+    return "fsdp" if any(hasattr(module, "unshard") for module in model.modules()) else "tensor_parallel"

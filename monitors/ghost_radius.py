@@ -66,6 +66,8 @@ class GhostRadius(Monitor):
         readings.gauge(metrics.NORMALIZED_STEP_SIZE, r)
         # A step that moves no logit has no ghosts, not even one of length 0.
         readings.gauge(metrics.GHOST_RADIUS, (tau / r).masked_fill(r == 0, math.inf))
+        if step.layout.ranks.size > 1:
+            readings.gauge(metrics.BINDING_RANK, tangent.binding_rank)
         samples, batch = tangent.samples_of_all
         readings.gauge(metrics.TANGENT_SAMPLES, samples)
         readings.gauge(metrics.BATCH_SAMPLES, batch)

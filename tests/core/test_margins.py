@@ -15,8 +15,9 @@ from torch.func import functional_call, jvp
 
 import redline
 from redline import GhostRadius, StepClamp, UpdateClamp
-from redline.margins import SampleMargin, StepMargins
+from redline.margins import StepMargins
 from redline.numerics import exact_ghost_radius
+from redline.trail import FragileSample
 
 FEATURES, CLASSES, BATCH, TIME = 5, 4, 12, 3
 Logits = Callable[[Any], Any]
@@ -202,7 +203,7 @@ def test_most_fragile_puts_first_what_is_known_exactly_and_then_the_largest_r() 
         torch.tensor([math.nan, 0.5, math.nan, 1]),
     )
     expected = [(None, 5.0, 1.0), (4, 2.0, 0.5), (0, 9.0, None), (8, 3.0, None)]
-    assert StepMargins(7, *columns).most_fragile() == [SampleMargin(*one) for one in expected]
+    assert StepMargins(7, *columns).most_fragile() == [FragileSample(7, *one) for one in expected]
     assert [one.sample for one in StepMargins(7, *columns[:2], None).most_fragile(2)] == [0, None]
 
 
