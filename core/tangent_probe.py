@@ -21,7 +21,15 @@ from redline.notes import Notes
 from redline.numerics.exact_radius import LeastRadius, least_ghost_radius
 from redline.numerics.layer_recorder import LayerSteps
 from redline.numerics.radii import tangent_spread
-from redline.numerics.tangents import FINITE_DIFFERENCE, METHODS, LogitTangent, logit_tangent
+from redline.numerics.sharded import device_type, is_sharded
+from redline.numerics.tangents import (
+    FINITE_DIFFERENCE,
+    METHODS,
+    SHARDED_DIFFERENCE,
+    LogitTangent,
+    logit_tangent,
+)
+from redline.ranks import Ranks
 from redline.sample_memory import SampleMemory, spread_over
 
 # The finite difference is good to about 1 %, half precision to a few; a method that drops a term is off by far more.
@@ -106,6 +114,7 @@ class TangentProbe:
         notes: Notes,
         around_replay: Callable[[], AbstractContextManager[Any]],
         decided_by: Collection[tuple[int | None, int]] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         """What to measure, and how.
 
@@ -116,9 +125,10 @@ class TangentProbe:
             notes: takes what could not be measured.
             around_replay: what has to be open around each further call of the model.
             decided_by: the sub-samples that decisions go by, as ``max_samples`` and ``remember``.
+            ranks: that measure together, each on its own samples; they go the same way, whatever fails on one of them.
         """
         self._capture, self._logits, self._batch_dim, self._notes = capture, logits, batch_dim, notes
-        self._around_replay = around_replay
+        self._around_replay, self._ranks = around_replay, ranks or Ranks()
         self._method = "auto"
         self._checked = False
         self._memories: dict[tuple[int, int], SampleMemory] = {}  # by max_samples and remember
@@ -154,8 +164,7 @@ class TangentProbe:
                 "since the last step, so there are no inputs. If the logits come from a submodule, pass module=."
             )
             return None
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        local = {inner: names[id(p)] for inner, p in call.module.named_parameters() if id(p) in names}
+        local = _names_within(call, parameters)
         if not local:
             self._notes.add(
                 f"The ghost radius is not measured: no parameter of {type(call.module).__name__}, whose output gives "
@@ -186,11 +195,14 @@ class TangentProbe:
                 return found
             except ConfigurationError:
                 raise
-            except torch.OutOfMemoryError:
-                self._notes.add("The ghost radius was not measured at some steps: out of memory.")
-                return None
             except Exception as error:  # noqa: BLE001 a model may fail in any way; the run goes on
-                if not whole:  # not remembered: what fails for one who asks must not change what others measure
+                # It failed on all ranks, if not in the same way: what they do next they do together.
+                if self._ranks.any(isinstance(error, torch.OutOfMemoryError)):
+                    self._notes.add("The ghost radius was not measured at some steps: out of memory.")
+                    return None
+                if self._ranks.any(
+                    not whole
+                ):  # not remembered: what fails for one who asks must not change what others measure
                     self._notes.add(
                         f"The ghost radius is measured on the whole batch: a sub-sample of it failed with "
                         f"{type(error).__name__}: {_first_line(error)}"
@@ -209,8 +221,10 @@ class TangentProbe:
         direction: Mapping[str, Tensor],
         layers: bool,
     ) -> LogitTangent:
+        sharded = any(map(is_sharded, point.values()))
+
         def by(method: str) -> LogitTangent:
-            kind = next(iter(point.values())).device.type
+            kind = device_type(next(iter(point.values())))
             with torch.autocast(kind, dtype=call.autocast, enabled=call.autocast is not None):
                 return logit_tangent(
                     call.module,
@@ -221,13 +235,19 @@ class TangentProbe:
                     method=method,
                     parameters=point,
                     layers=layers,
+                    total=self._ranks.total if self._ranks.size > 1 else None,
+                    agree=self._agree if self._ranks.size > 1 else None,
                 )
 
-        taken = by(self._method)
+        # A run that goes on from a checkpoint may be laid out in another way than the one that wrote it.
+        taken = by("auto" if self._method == SHARDED_DIFFERENCE and not sharded else self._method)
         self._method = taken.method
         if not self._checked:
-            taken = self._check(taken, by)
+            taken = self._check(taken, by, sharded)
         return taken
+
+    def _agree(self, flag: bool) -> bool:
+        return not self._ranks.any(not flag)
 
     def _layers(self, taken: LogitTangent, module: str) -> LayerSteps | None:
         """What was seen of the layers, by their names in the whole model; a note says what was not, and why."""
@@ -242,24 +262,34 @@ class TangentProbe:
             self._notes.add(f"The radius of {layer} is not measured in full: {reason}")
         return seen
 
-    def _check(self, taken: LogitTangent, by: Callable[[str], LogitTangent]) -> LogitTangent:
+    def _check(self, taken: LogitTangent, by: Callable[[str], LogitTangent], sharded: bool) -> LogitTangent:
         """Hold the run's first tangent against a finite difference: some kernels drop tangents silently."""
-        if taken.method == FINITE_DIFFERENCE:
+        if taken.method in (FINITE_DIFFERENCE, SHARDED_DIFFERENCE):
             self._checked = True
             return taken
-        reference = by(FINITE_DIFFERENCE)
-        error = disagreement(taken, reference)  # it waits, once a run
+        reference = self._reference(by, sharded)
+        error = disagreement(taken, reference, self._ranks)  # it waits, once a run
         if not math.isfinite(error):
             return taken  # a zero or non-finite step shows nothing; the next one is held against it
         self._checked = True
         if error <= AGREEMENT:
             return taken
+        through = " through the model as it lies over the ranks" if reference.method == SHARDED_DIFFERENCE else ""
         self._notes.add(
-            f"Tangents by {taken.method} are off by {error:.0%} from a finite difference for this model: the ghost "
-            "radius is measured by finite difference from here on."
+            f"Tangents by {taken.method} are off by {error:.0%} from a finite difference{through} for this model: the "
+            "ghost radius is measured by finite difference from here on."
         )
-        self._method = FINITE_DIFFERENCE
+        self._method = reference.method
         return reference
+
+    def _reference(self, by: Callable[[str], LogitTangent], sharded: bool) -> LogitTangent:
+        """Where the model lies over several ranks, through all that runs there: a replay leaves it out."""
+        if sharded:
+            try:
+                return by(SHARDED_DIFFERENCE)
+            except Exception:  # noqa: BLE001 on all ranks alike: half precision, or too little memory
+                pass
+        return by(FINITE_DIFFERENCE)
 
     def end_step(self, decided_by: Collection[tuple[int | None, int]] = ()) -> None:
         """What bound at this step is for the next.
@@ -291,11 +321,27 @@ class TangentProbe:
             self._memories[samples, remember].load_state_dict(kept)
 
 
-def disagreement(taken: LogitTangent, reference: LogitTangent) -> float:
-    """Relative distance of two tangents where both are finite; NaN if they are zero."""
+def disagreement(taken: LogitTangent, reference: LogitTangent, ranks: Ranks | None = None) -> float:
+    """Relative distance of two tangents, over all ranks, where both are finite; NaN if they are zero."""
     known = reference.tangent.isfinite() & taken.tangent.isfinite()
     slow, fast = (torch.where(known, one.tangent, 0.0) for one in (reference, taken))
-    return float((slow - fast).norm() / torch.maximum(slow.norm(), fast.norm()))
+    norms = torch.stack([(slow - fast).norm(), slow.norm(), fast.norm()])
+    if ranks is not None and ranks.size > 1:
+        norms = ranks.total(norms.double().square()).sqrt()
+    return float(norms[0] / norms[1:].amax())
+
+
+def _names_within(call: CapturedCall, parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of the parameters given, those that the module called holds: its own name for each, and the name given."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found: dict[str, str] = {}
+    for inner, parameter in call.module.named_parameters():
+        name = f"{call.name}.{inner}" if call.name else inner
+        if id(parameter) in names:
+            found[inner] = names[id(parameter)]
+        elif name in parameters and is_sharded(parameters[name]):  # FSDP has its whole in its place just now
+            found[inner] = name
+    return found
 
 
 def _batch_size(call: CapturedCall, batch_dim: int) -> int:

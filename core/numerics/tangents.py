@@ -120,7 +120,7 @@ def logit_tangent(
         total, agree = total or total_of_run, agree or agreed_in_run
     agree = agree or alone
     stretch = _stretch(point, direction, total if sharded else None)
-    with in_step(agree):
+    with in_step(agree) if sharded else nullcontext():
         stretched = {name: _scaled(tensor, stretch, point[name].dtype) for name, tensor in direction.items()}
     model_at: _Called = (
         GatheredModel(model, point, stretched, agree) if sharded else _PlainModel(model, point, stretched)
@@ -278,9 +278,7 @@ class _Replay:
                 return wide if tangent is None else wide + sign * _RELATIVE_STEP * _widen(tangent)
 
             # In float32 at least: a difference in half precision measures rounding.
-            args, kwargs, buffers = tree_map(
-                _widen, (tuple(self.args), dict(self.kwargs), cloned_buffers(self.model))
-            )
+            args, kwargs, buffers = tree_map(_widen, (tuple(self.args), dict(self.kwargs), cloned_buffers(self.model)))
             with replaying(self.model), torch.autocast(device_type(self.like), enabled=False):
                 return self._logits(model_at.call(moved, buffers, *_copied(args, kwargs)))
 

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from redline.numerics import gathered
 from redline.numerics.agreement import ElsewhereError
+from redline.numerics.layer_recorder import LayerSteps
 from redline.numerics.tangents import LogitTangent, logit_tangent
 
 OWN, POINT, ALONG = 1, 2, 3  # seeds of the weights that a model has, at which and along which tangents are taken
@@ -197,3 +198,38 @@ def failing(rank: int, how: str, kind: str, who: int | None, method: str) -> dic
         "again": distance(again.tangent, plain.tangent),
     }
 
+
+def refused(rank: int) -> str:
+    """What is said of a difference through a model that computes in half precision."""
+    try:
+        sharded(laid("in half precision", OWN), "in half precision", rank, method="sharded_difference")
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def layers(rank: int, how: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Lengths of the step for each layer, and the plain model's."""
+    one = sharded(laid(how, OWN), how, rank, layers=True).layers
+    other = reference(how, rank, layers=True).layers
+    assert one is not None
+    assert other is not None
+    assert not one.failures
+    return _lengths(one), _lengths(other)
+
+
+def _lengths(steps: LayerSteps) -> dict[str, float]:
+    return {name: float(length) for name, length in (*steps.attention.items(), *steps.activation().items())}
+
+
+def with_hooks_of_the_users(rank: int) -> tuple[list[str], list[Any], list[Any]]:
+    """The calls of hooks between and behind FSDP's own, and all hooks before and after; one takes itself off."""
+    model, calls = laid("by block", OWN), []
+    block = model.blocks[1]
+    block.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    block.register_forward_hook(lambda *_: calls.append("post"), prepend=True)
+    hooks = [block._forward_pre_hooks, block._forward_hooks]
+    before = [list(one) for one in hooks]
+    handle = block.register_forward_hook(lambda *_: handle.remove())
+    sharded(model, "by block", rank, method="forward_mode")
+    return calls, before, [list(one) for one in hooks]
