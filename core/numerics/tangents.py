@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from redline.errors import ConfigurationError
-from redline.numerics.agreement import Agree, Total, agreed_in_run, alone, in_step, total_of_run
+from redline.numerics.agreement import Agree, ElsewhereError, Total, agreed_in_run, alone, in_step, total_of_run
 from redline.numerics.gathered import GatheredModel, Made, whole
 from redline.numerics.layer_recorder import LayerSteps, recording_layers
 from redline.numerics.replay import cloned_buffers, replaying
@@ -127,7 +127,7 @@ def logit_tangent(
     )
     replay = _Replay(model, args, kwargs or {}, logits or default_logits, next(iter(point.values())))
 
-    for rung in ladder:
+    for rung, following in zip(ladder, (*ladder[1:], None), strict=True):
         try:
             seen = None
             with in_step(agree):
@@ -140,7 +140,7 @@ def logit_tangent(
                     with recording_layers(model, stretch) if layers else nullcontext() as seen:
                         z, tangent, mask = replay.forward_mode(model_at, plain_kernels=rung == MATH_ATTENTION)
         except Exception as error:
-            if rung == ladder[-1] or not agree(_is_of_rung(error, sharded)):
+            if following is None or not agree(_may_go_on(error, following, sharded)):
                 raise
         else:
             return LogitTangent(_widen(z), _widen(tangent) / stretch, mask, rung, seen)
@@ -157,10 +157,12 @@ def _rungs(method: str, sharded: bool) -> tuple[str, ...]:
     return (METHODS if sharded else LADDER) if method == "auto" else (method,)
 
 
-def _is_of_rung(error: Exception, sharded: bool) -> bool:
+def _may_go_on(error: Exception, following: str, sharded: bool) -> bool:
     """Whether the next rung may do better; a model made for its shards fails in any way when called whole."""
     if isinstance(error, (torch.OutOfMemoryError, ConfigurationError)):
         return False
+    if following == SHARDED_DIFFERENCE and isinstance(error, ElsewhereError):
+        return False  # the rank that failed alone would do so again, and leave the others waiting within FSDP
     return sharded or isinstance(error, (NotImplementedError, RuntimeError))
 
 

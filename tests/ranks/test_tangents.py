@@ -74,7 +74,8 @@ def test_training_goes_on_as_if_nothing_had_been_measured(how: str, method: str)
 def test_no_more_is_whole_at_a_time_than_the_models_own_and_one_block(method: str):
     for most, after, units in on_ranks(rank_tangents.most_at_a_time, 2, "by block", method):
         root = 2 * units["root"] - units["codes"]  # values and direction; no optimizer holds the codes
-        assert most == root + 2 * units["block"]
+        assert 2 * units["block"] <= most <= root + 2 * units["block"]
+        assert method != "auto" or most == root + 2 * units["block"]
         assert after == 0
 
 
@@ -82,7 +83,7 @@ def test_no_more_is_whole_at_a_time_than_the_models_own_and_one_block(method: st
 def test_layers_go_by_the_names_and_figures_of_the_plain_model(how: str):
     for found, expected in on_ranks(rank_tangents.layers, 2, how):
         assert found.keys() == expected.keys()
-        assert len(expected) > 2
+        assert len(expected) >= 2
         for name, value in expected.items():
             assert found[name] == pytest.approx(value, rel=1e-9)
 

@@ -19,6 +19,16 @@ from redline.numerics.tangents import LogitTangent, logit_tangent
 OWN, POINT, ALONG = 1, 2, 3  # seeds of the weights that a model has, at which and along which tangents are taken
 
 
+def in_training(how: str, rank: int, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A model over all ranks that has seen a batch, as one is whose step is measured."""
+    model, inputs = laid(how, OWN, dtype), fed(how, rank)
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(inputs.to(dtype) if inputs.is_floating_point() else inputs).square().mean().backward()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(kept[name])
+    return model
+
+
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     """By name, detached."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -56,7 +66,7 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 def taken(rank: int, how: str, method: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """Distances to the plain model's, and what the replay left behind."""
-    model, plain = laid(how, OWN, dtype), reference(how, rank)
+    model, plain = in_training(how, rank, dtype), reference(how, rank)
     before, state = traces(model), torch.get_rng_state()
     found = sharded(model, how, rank, dtype, method=method)
     return {
@@ -181,7 +191,7 @@ def tripping(module: nn.Module, error: Exception) -> Iterator[None]:
 
 def failing(rank: int, how: str, kind: str, who: int | None, method: str) -> dict[str, Any]:
     """A forward that raises on each rank, or on one alone, in the midst of the model."""
-    model, plain = laid(how, OWN), reference(how, rank)
+    model, plain = in_training(how, rank), reference(how, rank)
     error = {"memory": torch.OutOfMemoryError("no more"), "raise": Tripped("in the middle")}[kind]
     before, raised = traces(model), ""
     with tripping(model.blocks[1].mlp, error) if who in (None, rank) else nullcontext():
