@@ -14,6 +14,7 @@ WHOLE = [
     ("kept whole", 2),
     ("copied and split", 4),
     ("in half precision", 2),
+    ("compiled and recomputed", 2),
     ("pictures", 4),
     ("tensor parallel", 2),
     ("split and tensor parallel", 4),

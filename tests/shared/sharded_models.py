@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
@@ -130,7 +131,14 @@ def _copied_and_split(model: nn.Module) -> None:
 
 
 def _in_half(model: nn.Module) -> None:
-    _by_block(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32))
+    _by_block(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+
+
+def _compiled_and_recomputed(model: nn.Module) -> None:
+    for k, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        model.blocks[k] = checkpoint_wrapper(block)  # type: ignore[index, operator]
+        model.blocks[k].compile(backend="eager")  # type: ignore[index]
+    _by_block(model)
 
 
 def _of_pictures(model: nn.Module) -> None:
@@ -176,6 +184,7 @@ LAID: dict[str, tuple[Build, Inputs, Callable[[nn.Module], None]]] = {
     "kept whole": (Language, words, _kept_whole),
     "copied and split": (Language, words, _copied_and_split),
     "in half precision": (Language, words, _in_half),
+    "compiled and recomputed": (Language, words, _compiled_and_recomputed),
     "pictures": (Pictures, pictures, _of_pictures),
     "tensor parallel": (Parallel, words, _tensor_parallel),
     "split and tensor parallel": (Parallel, words, _both),
