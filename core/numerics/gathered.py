@@ -63,9 +63,9 @@ class GatheredModel:
 
     def call(self, made: Made, buffers: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The output on this rank's inputs, with what ``made`` makes in place of the parameters."""
-        buffers, args, kwargs = tree_map(_whole_leaf, (dict(buffers), tuple(args), dict(kwargs)))
+        state, inputs, named = tree_map(_whole_leaf, (dict(buffers), tuple(args), dict(kwargs)))
         with _torchs_hooks_aside(self._model), _Gathering(self._members, made, self._agree):
-            return functional_call(self._model, buffers, args, kwargs)
+            return functional_call(self._model, state, inputs, named)
 
 
 class _Gathering:
@@ -180,7 +180,7 @@ def _is_of_torch(hook: Any) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on every rank; one that is no DTensor as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 def _whole_leaf(value: Any) -> Any:

@@ -24,8 +24,7 @@ def local_part(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     if not is_sharded(tensor):
         return tensor
-    part: Tensor = tensor.to_local()  # type: ignore[operator]
-    return part
+    return cast("DTensor", tensor).to_local()
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,13 @@ def test_layers_go_by_the_names_and_figures_of_the_plain_model(how: str):
             assert found[name] == pytest.approx(value, rel=1e-9)
 
 
+@pytest.mark.parametrize(("how", "size"), [("by block", 4), ("copied and split", 4), ("tensor parallel", 2)])
+def test_the_size_of_a_step_is_that_of_all_parts(how: str, size: int):
+    answers = on_ranks(rank_tangents.stretches, size, how)
+    assert len({found for found, _ in answers}) == 1
+    assert answers[0][0] == pytest.approx(answers[0][1], rel=1e-12)
+
+
 class TestFailures:
     @pytest.mark.parametrize("kind", ["raise", "memory"])
     @pytest.mark.parametrize("who", [None, 0, 1])

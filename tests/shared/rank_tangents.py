@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from redline.numerics import gathered
-from redline.numerics.agreement import ElsewhereError
+from redline.numerics.agreement import ElsewhereError, total_of_run
 from redline.numerics.layer_recorder import LayerSteps
-from redline.numerics.tangents import LogitTangent, logit_tangent
+from redline.numerics.tangents import LogitTangent, _stretch, logit_tangent
 
 OWN, POINT, ALONG = 1, 2, 3  # seeds of the weights that a model has, at which and along which tangents are taken
 
@@ -243,3 +243,9 @@ def with_hooks_of_the_users(rank: int) -> tuple[list[str], list[Any], list[Any]]
     handle = block.register_forward_hook(lambda *_: handle.remove())
     sharded(model, "by block", rank, method="forward_mode")
     return calls, before, [list(one) for one in hooks]
+
+
+def stretches(rank: int, how: str) -> tuple[float, float]:
+    """How far the direction is stretched, and how far that of the plain model is."""
+    own, plain = ([moving(parameters(make(how, seed))) for seed in (POINT, ALONG)] for make in (laid, built))
+    return float(_stretch(own[0], own[1], total_of_run)), float(_stretch(plain[0], plain[1], None))
