@@ -71,6 +71,21 @@ def refuse_in_backward(model: nn.Module) -> None:
             )
 
 
+def refuse_flat_parameters(model: nn.Module) -> None:
+    """Refuse ``FullyShardedDataParallel``, which flattens the parameters of a unit into one.
+
+    Raises:
+        ConfigurationError: if the model is one, or has one in it.
+    """
+    for name, module in model.named_modules():
+        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
+            raise ConfigurationError(
+                f"got FullyShardedDataParallel {f'at {name!r}' if name else 'around the model'}; expected parameters "
+                "that keep their shapes: it flattens those of a unit into one vector and cuts that up, so that no "
+                "matrix is left to measure. Use fully_shard (FSDP2), which shards each parameter by itself."
+            )
+
+
 def watch_only_reason(optimizer: Optimizer) -> str | None:
     """Why this optimizer may be monitored but not controlled, or None."""
     name = type(optimizer).__name__
@@ -234,6 +249,6 @@ def _restore(current: dict[Any, Any], kept: dict[Any, Any], owner: Any, spare: t
             here.copy_(value)
         elif isinstance(value, Tensor) and isinstance(owner, Tensor) and value.dim():
             moved = value.to(owner.device, copy=True)
-            current[key] = Sharding.of(owner).whole(moved) if is_sharded(owner) else moved
+            current[key] = Sharding.of(owner, 1).whole(moved) if is_sharded(owner) else moved
         else:
             current[key] = copy_of(value)  # the snapshot may be put back again

@@ -32,6 +32,7 @@ from redline.optimizers import (
     joint_norm,
     numbered,
     optimizer_labels,
+    refuse_flat_parameters,
     refuse_in_backward,
 )
 from redline.overhead_budget import OverheadBudget, checked_share
@@ -105,6 +106,7 @@ class Session:
         self._controllers = _named(controllers, "controller", "inspect")
         named_sinks = _named(sinks, "sink", "emit")
         refuse_in_backward(self._model)
+        refuse_flat_parameters(self._model)
         self._names = ParameterNames(self._model, self._optimizers, self._notes)
         self._layers = matrix_layers(self._model, self._notes)
         self._labels = optimizer_labels(self._optimizers)

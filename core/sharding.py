@@ -2,75 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from redline.host_copy import moved_to
+from redline.numerics.sharded import Sharding, is_sharded, local_part
 from redline.ranks import Ranks
 
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DeviceMesh, DTensor, Placement
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor: one tensor over several ranks, however it is placed on them."""
-    return hasattr(tensor, "placements")
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: of a DTensor its part, of another all of it; in the same memory, detached."""
-    given: Any = tensor.detach()
-    part: Tensor = given.to_local() if is_sharded(tensor) else given
-    return part
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """How one tensor lies over the ranks of its mesh.
-
-    Attributes:
-        mesh: of the ranks.
-        placements: one a dimension of the mesh.
-        shape: of the whole tensor.
-        stride: of the whole tensor.
-        share: 1 / how many ranks of the run hold the same part: what this rank's part counts in a sum over all ranks.
-    """
-
-    mesh: DeviceMesh
-    placements: tuple[Placement, ...]
-    shape: torch.Size
-    stride: tuple[int, ...]
-    share: float
-
-    @classmethod
-    def of(cls, tensor: Tensor, ranks: int = 1) -> Sharding:
-        """That of a DTensor in a run of so many ranks; its mesh tiles the run, as all meshes of a run do."""
-        given: Any = tensor
-        sizes = zip(given.placements, given.device_mesh.shape, strict=True)
-        parts = math.prod(size for placement, size in sizes if not placement.is_replicate())
-        return cls(given.device_mesh, tuple(given.placements), tensor.shape, tensor.stride(), parts / ranks)
-
-    def whole(self, part: Tensor) -> DTensor:
-        """The tensor whose part on this rank is ``part``."""
-        from torch.distributed.tensor import DTensor
-
-        return DTensor.from_local(
-            part, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
-        )
-
-    def summed(self, part: Tensor) -> Tensor:
-        """A part of it that is no term of a sum: where it is placed as ``Partial`` the ranks exchange their terms."""
-        from torch.distributed.tensor import Shard
-
-        if not any(placement.is_partial() for placement in self.placements):
-            return part
-        placements = [Shard(0) if placement.is_partial() else placement for placement in self.placements]
-        return self.whole(part).redistribute(placements=placements).to_local()
+__all__ = ["Layout", "Sharding", "is_sharded", "local_part", "together"]
 
 
 class Layout:

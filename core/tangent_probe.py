@@ -21,13 +21,22 @@ from redline.notes import Notes
 from redline.numerics.exact_radius import LeastRadius, least_ghost_radius
 from redline.numerics.layer_recorder import LayerSteps
 from redline.numerics.radii import normalized_step_size, tangent_spread
-from redline.numerics.tangents import FINITE_DIFFERENCE, METHODS, LogitTangent, logit_tangent
+from redline.numerics.sharded import device_type, is_sharded
+from redline.numerics.tangents import (
+    FINITE_DIFFERENCE,
+    METHODS,
+    SHARDED_DIFFERENCE,
+    LogitTangent,
+    logit_tangent,
+)
 from redline.ranks import Ranks
 from redline.sample_memory import SampleMemory, spread_over
 from redline.sharding import Layout
 
 # The finite difference is good to about 1 %, half precision to a few; a method that drops a term is off by far more.
 AGREEMENT = 0.1
+
+_ELSEWHERE = "The ghost radius was not measured at some steps: it could not be on another rank, whose notes say why."
 
 
 @dataclass
@@ -148,6 +157,7 @@ class TangentProbe:
         """
         self._capture, self._logits, self._batch_dim, self._notes = capture, logits, batch_dim, notes
         self._around_replay, self._layout = around_replay, layout or Layout()
+        self._ranks = self._layout.ranks
         self._method = "auto"
         self._checked = False
         self._memories: dict[tuple[int, int], SampleMemory] = {}  # by max_samples and remember
@@ -178,25 +188,39 @@ class TangentProbe:
         Raises:
             ConfigurationError: the logits cannot be told, or are no floating tensor.
         """
-        ranks, taken = self._layout.ranks, None
-        try:
-            taken = self._measure(parameters, before, update, max_samples, remember, layers)
-        finally:  # whatever became of it, the others wait to hear
-            failed = ranks.any(taken is None)
-        if failed and taken is not None:
-            self._notes.add("The ghost radius was not measured at some steps: it could not be on another rank.")
-        return None if failed else taken
+        found = self._called(parameters)
+        if self._ranks.any(found is None):
+            if found is not None:
+                self._notes.add(_ELSEWHERE)
+            return None
+        assert found is not None
+        call, names = found
+        point = {inner: self._whole(name, before[name]) for inner, name in names.items()}
+        direction = {inner: self._whole(name, update[name]) for inner, name in names.items()}
+        batch = _batch_size(call, self._batch_dim)
+        whole = max_samples is None or batch <= max_samples or couples_samples(call.module)
+        samples = batch if whole or max_samples is None else max_samples
+        tangent, error = self._try(call, point, direction, samples, batch, remember, layers)
+        # What they do next they do together. Not remembered: what fails for one who asks must not change what others
+        # measure.
+        if self._ranks.any(error is not None) and not self._ranks.any(
+            error is not None and (whole or _is_final(error))
+        ):
+            if error is not None:
+                self._notes.add(
+                    f"The ghost radius is measured on the whole batch: a sub-sample of it failed with "
+                    f"{type(error).__name__}: {_first_line(error)}"
+                )
+            tangent, error = self._try(call, point, direction, batch, batch, 0, layers)
+            failed = self._ranks.any(error is not None)
+        if isinstance(error, ConfigurationError):
+            raise error
+        if failed:
+            self._notes.add(_ELSEWHERE if error is None else _reason(error, call.module))
+        return None if failed else tangent
 
-    def _measure(
-        self,
-        parameters: Mapping[str, Tensor],
-        before: Mapping[str, Tensor],
-        update: Mapping[str, Tensor],
-        max_samples: int | None,
-        remember: int,
-        layers: bool,
-    ) -> StepTangent | None:
-        """The same on this rank."""
+    def _called(self, parameters: Mapping[str, Tensor]) -> tuple[CapturedCall, dict[str, str]] | None:
+        """The call to be made again, and the names of the parameters in it; a note says why there is none."""
         call = self._capture.call()
         if call is None:
             self._notes.add(
@@ -204,23 +228,29 @@ class TangentProbe:
                 "since the last step, so there are no inputs. If the logits come from a submodule, pass module=."
             )
             return None
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        local = {inner: names[id(p)] for inner, p in call.module.named_parameters() if id(p) in names}
-        if not local:
+        names = _names_within(call, parameters)
+        if not names:
             self._notes.add(
                 f"The ghost radius is not measured: no parameter of {type(call.module).__name__}, whose output gives "
                 "the logits, is in the optimizer."
             )
             return None
-        point = {inner: self._whole(name, before[name]) for inner, name in local.items()}
-        direction = {inner: self._whole(name, update[name]) for inner, name in local.items()}
-        batch = _batch_size(call, self._batch_dim)
-        whole = max_samples is None or batch <= max_samples or couples_samples(call.module)
+        return call, names
+
+    def _try(
+        self,
+        call: CapturedCall,
+        point: Mapping[str, Tensor],
+        direction: Mapping[str, Tensor],
+        samples: int,
+        batch: int,
+        remember: int,
+        layers: bool,
+    ) -> tuple[StepTangent | None, Exception | None]:
+        """The tangent on so many samples of the batch, or why there is none."""
         with hooks_silenced(), self._around_replay():
             try:
-                samples = batch if whole or max_samples is None else max_samples
-                joined = 0
-                memory = self._memories.setdefault((samples, remember), SampleMemory())
+                memory, joined = self._memories.setdefault((samples, remember), SampleMemory()), 0
                 if samples < batch:
                     call, joined = memory.join(call, samples, batch, self._batch_dim, remember)
                 index = torch.cat([spread_over(batch, samples), torch.full((joined,), -1)])
@@ -228,30 +258,15 @@ class TangentProbe:
                 seen = self._layers(taken, call.name) if layers else None
                 found = StepTangent(
                     taken.logits, taken.tangent, taken.mask, taken.method, index, batch, self._batch_dim, seen,
-                    self._layout.ranks,
+                    self._ranks,
                 )  # fmt: skip
                 if samples < batch and remember:
                     r = by_sample(found.spread, found.samples, self._batch_dim)
                     if r is not None:
                         memory.keep(call, r, self._batch_dim, remember)
-                return found
-            except ConfigurationError:
-                raise
-            except torch.OutOfMemoryError:
-                self._notes.add("The ghost radius was not measured at some steps: out of memory.")
-                return None
             except Exception as error:  # noqa: BLE001 a model may fail in any way; the run goes on
-                if not whole:  # not remembered: what fails for one who asks must not change what others measure
-                    self._notes.add(
-                        f"The ghost radius is measured on the whole batch: a sub-sample of it failed with "
-                        f"{type(error).__name__}: {_first_line(error)}"
-                    )
-                    return self._measure(parameters, before, update, None, 0, layers)
-                self._notes.add(
-                    f"The ghost radius is not measured: calling {type(call.module).__name__} again on its own inputs "
-                    f"failed with {type(error).__name__}: {_first_line(error)}"
-                )
-                return None
+                return None, error
+            return found, None
 
     def _whole(self, name: str, part: Tensor) -> Tensor:
         """The tensor that a part is of: a DTensor again, if the parameter is one."""
@@ -265,8 +280,10 @@ class TangentProbe:
         direction: Mapping[str, Tensor],
         layers: bool,
     ) -> LogitTangent:
+        sharded = any(map(is_sharded, point.values()))
+
         def by(method: str) -> LogitTangent:
-            kind = next(iter(point.values())).device.type
+            kind = device_type(next(iter(point.values())))
             with torch.autocast(kind, dtype=call.autocast, enabled=call.autocast is not None):
                 return logit_tangent(
                     call.module,
@@ -277,13 +294,19 @@ class TangentProbe:
                     method=method,
                     parameters=point,
                     layers=layers,
+                    total=self._ranks.total if self._ranks.size > 1 else None,
+                    agree=self._agree if self._ranks.size > 1 else None,
                 )
 
-        taken = by(self._method)
+        # A run that goes on from a checkpoint may be laid out in another way than the one that wrote it.
+        taken = by("auto" if self._method == SHARDED_DIFFERENCE and not sharded else self._method)
         self._method = taken.method
         if not self._checked:
-            taken = self._check(taken, by)
+            taken = self._check(taken, by, sharded)
         return taken
+
+    def _agree(self, flag: bool) -> bool:
+        return not self._ranks.any(not flag)
 
     def _layers(self, taken: LogitTangent, module: str) -> LayerSteps | None:
         """What was seen of the layers, by their names in the whole model; a note says what was not, and why."""
@@ -298,24 +321,34 @@ class TangentProbe:
             self._notes.add(f"The radius of {layer} is not measured in full: {reason}")
         return seen
 
-    def _check(self, taken: LogitTangent, by: Callable[[str], LogitTangent]) -> LogitTangent:
+    def _check(self, taken: LogitTangent, by: Callable[[str], LogitTangent], sharded: bool) -> LogitTangent:
         """Hold the run's first tangent against a finite difference: some kernels drop tangents silently."""
-        if taken.method == FINITE_DIFFERENCE:
+        if taken.method in (FINITE_DIFFERENCE, SHARDED_DIFFERENCE):
             self._checked = True
             return taken
-        reference = by(FINITE_DIFFERENCE)
-        error = disagreement(taken, reference)  # it waits, once a run
+        reference = self._reference(by, sharded)
+        error = disagreement(taken, reference, self._ranks)  # it waits, once a run
         if not math.isfinite(error):
             return taken  # a zero or non-finite step shows nothing; the next one is held against it
         self._checked = True
         if error <= AGREEMENT:
             return taken
+        through = " through the model as it lies over the ranks" if reference.method == SHARDED_DIFFERENCE else ""
         self._notes.add(
-            f"Tangents by {taken.method} are off by {error:.0%} from a finite difference for this model: the ghost "
-            "radius is measured by finite difference from here on."
+            f"Tangents by {taken.method} are off by {error:.0%} from a finite difference{through} for this model: the "
+            "ghost radius is measured by finite difference from here on."
         )
-        self._method = FINITE_DIFFERENCE
+        self._method = reference.method
         return reference
+
+    def _reference(self, by: Callable[[str], LogitTangent], sharded: bool) -> LogitTangent:
+        """Where the model lies over several ranks, through all that runs there: a replay leaves it out."""
+        if sharded:
+            try:
+                return by(SHARDED_DIFFERENCE)
+            except Exception:  # noqa: BLE001 on all ranks alike: half precision, or too little memory
+                pass
+        return by(FINITE_DIFFERENCE)
 
     def end_step(self, decided_by: Collection[tuple[int | None, int]] = ()) -> None:
         """What bound at this step is for the next.
@@ -347,11 +380,27 @@ class TangentProbe:
             self._memories[samples, remember].load_state_dict(kept)
 
 
-def disagreement(taken: LogitTangent, reference: LogitTangent) -> float:
-    """Relative distance of two tangents where both are finite; NaN if they are zero."""
+def disagreement(taken: LogitTangent, reference: LogitTangent, ranks: Ranks | None = None) -> float:
+    """Relative distance of two tangents, over all ranks, where both are finite; NaN if they are zero."""
     known = reference.tangent.isfinite() & taken.tangent.isfinite()
     slow, fast = (torch.where(known, one.tangent, 0.0) for one in (reference, taken))
-    return float((slow - fast).norm() / torch.maximum(slow.norm(), fast.norm()))
+    norms = torch.stack([(slow - fast).norm(), slow.norm(), fast.norm()])
+    if ranks is not None and ranks.size > 1:
+        norms = ranks.total(norms.double().square()).sqrt()
+    return float(norms[0] / norms[1:].amax())
+
+
+def _names_within(call: CapturedCall, parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of the parameters given, those that the module called holds: its own name for each, and the name given."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found: dict[str, str] = {}
+    for inner, parameter in call.module.named_parameters():
+        name = f"{call.name}.{inner}" if call.name else inner
+        if id(parameter) in names:
+            found[inner] = names[id(parameter)]
+        elif name in parameters and is_sharded(parameters[name]):  # FSDP has its whole in its place just now
+            found[inner] = name
+    return found
 
 
 def _batch_size(call: CapturedCall, batch_dim: int) -> int:
@@ -368,6 +417,20 @@ def couples_samples(module: nn.Module) -> bool:
     return any(
         isinstance(inner, nn.modules.batchnorm._BatchNorm) and (inner.training or inner.running_mean is None)
         for inner in module.modules()
+    )
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether a larger sample would do no better."""
+    return isinstance(error, (ConfigurationError, torch.OutOfMemoryError))
+
+
+def _reason(error: Exception, module: nn.Module) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "The ghost radius was not measured at some steps: out of memory."
+    return (
+        f"The ghost radius is not measured: calling {type(module).__name__} again on its own inputs failed with "
+        f"{type(error).__name__}: {_first_line(error)}"
     )
 
 

@@ -15,7 +15,7 @@ from redline.findings.thresholds import (
     START,
     THROUGHOUT,
 )
-from redline.numerics.tangents import FINITE_DIFFERENCE
+from redline.numerics.tangents import FINITE_DIFFERENCE, SHARDED_DIFFERENCE
 
 if TYPE_CHECKING:
     from redline.report import StabilityReport, StepSizes
@@ -160,12 +160,15 @@ def few_samples(report: StabilityReport) -> Finding | None:
 def tangent_fallback(report: StabilityReport) -> Finding | None:
     """r was measured by finite difference, the last rung of the ladder; the other two are equally exact."""
     sizes = report.step_sizes
-    if sizes is None or not sizes.method.get(FINITE_DIFFERENCE):
+    if sizes is None:
+        return None
+    differences = sum(sizes.method.get(method, 0) for method in (FINITE_DIFFERENCE, SHARDED_DIFFERENCE))
+    if not differences:
         return None
     return Finding(
         "watch",
         "tangent_fallback",
-        f"r was measured by finite difference at {sizes.method[FINITE_DIFFERENCE]} of {sizes.measured} measured steps: "
+        f"r was measured by finite difference at {differences} of {sizes.measured} measured steps: "
         "forward mode does not work for this model.",
         "A finite difference is good to about 1 %, to 5 % across kinks, and sees no layers.",
         "`redline doctor` says what forward mode failed on; read r with that margin.",

@@ -29,6 +29,7 @@ from redline.numerics.layer_radii import (
     attention_step_size,
     thinned,
 )
+from redline.numerics.sharded import class_name
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 _MULTI_HEAD_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
@@ -96,8 +97,8 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.steps = LayerSteps()
         self._stretch = stretch
-        self._names = {module: name or type(model).__name__ for name, module in model.named_modules()}
-        self._within = [type(model).__name__]
+        self._names = {module: name or class_name(model) for name, module in model.named_modules()}
+        self._within = [class_name(model)]
         self._calls: dict[tuple[str, str], int] = {}
 
     def enter(self, module: nn.Module, inputs: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from redline.errors import ConfigurationError
 from redline.integrations.doctor.subject import Subject, described
-from redline.numerics.tangents import FINITE_DIFFERENCE, METHODS, LogitTangent, logit_tangent
+from redline.numerics.tangents import FINITE_DIFFERENCE, LADDER, LogitTangent, logit_tangent
 from redline.tangent_probe import AGREEMENT, disagreement
 
 _SEED = 0xD1A6
@@ -21,7 +21,7 @@ class TangentTrial:
     """One method, tried.
 
     Attributes:
-        method: one of ``redline.numerics.tangents.METHODS``.
+        method: one of ``redline.numerics.tangents.LADDER``.
         error: against the finite difference, relative; None for that one, and where either was not to be had.
         reason: why it does not work, or "".
     """
@@ -64,7 +64,7 @@ def try_tangents(subject: Subject) -> Tangents:
     """
     taken: dict[str, LogitTangent] = {}
     reasons: dict[str, str] = {}
-    for method in METHODS:
+    for method in LADDER:
         try:
             taken[method] = logit_tangent(
                 subject.model, subject.args, subject.kwargs, _direction(subject), logits=subject.logits, method=method
@@ -75,7 +75,7 @@ def try_tangents(subject: Subject) -> Tangents:
             reasons[method] = described(error)
     reference = taken.get(FINITE_DIFFERENCE)
     trials = []
-    for method in METHODS:
+    for method in LADDER:
         off = _disagreement(taken[method], reference) if method in taken and method != FINITE_DIFFERENCE else None
         reason = reasons.get(method, "")
         if off is not None and off > AGREEMENT:

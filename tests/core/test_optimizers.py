@@ -17,6 +17,7 @@ from redline.optimizers import (
     numbered,
     optimizer_labels,
     raw_optimizers,
+    refuse_flat_parameters,
     refuse_in_backward,
     watch_only_reason,
 )
@@ -83,6 +84,17 @@ def test_optimizer_in_backward_is_refused() -> None:
     _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
     with pytest.raises(ConfigurationError, match=r"got '0\.weight' with an optimizer applied in backward"):
         refuse_in_backward(model)
+
+
+def test_flat_parameters_are_refused_by_name():
+    class FullyShardedDataParallel(nn.Module):
+        """Torch's own needs a process group."""
+
+    refuse_flat_parameters(nn.Linear(2, 2))
+    with pytest.raises(ConfigurationError, match=r"FullyShardedDataParallel around the model.* no matrix is left"):
+        refuse_flat_parameters(FullyShardedDataParallel())
+    with pytest.raises(ConfigurationError, match=r"FullyShardedDataParallel at '1\.0'"):
+        refuse_flat_parameters(nn.Sequential(nn.Linear(2, 2), nn.Sequential(FullyShardedDataParallel())))
 
 
 # Watch only -------------------------------------------------------------------------------------------

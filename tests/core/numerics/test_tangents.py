@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from redline import ConfigurationError
 from redline.numerics import logit_tangent, tangent_spread
-from redline.numerics.tangents import METHODS
+from redline.numerics.tangents import LADDER
 
 CLASSES = 7
 
@@ -390,7 +390,7 @@ class TestHalfPrecision:
         direction = random_direction(model)
         taken = logit_tangent(model, (x,), {}, direction)
         # A processor without the fused kernel in half precision runs one that forward mode can follow.
-        assert METHODS.index(taken.method) <= METHODS.index(CASES[name].method)
+        assert LADDER.index(taken.method) <= LADDER.index(CASES[name].method)
         assert relative_error_of_r(taken.tangent, jacobian_times(model, (x,), direction)[1]) < 1e-2
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -711,7 +711,7 @@ class BesideIntegers(nn.Module):
         return self.head(torch.tanh(x @ (self.codes.to(x.dtype) * self.scale).T))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LADDER)
 def test_integer_parameters_stand_beside_those_that_move(method: str):
     torch.manual_seed(0)
     model, x = BesideIntegers(), torch.randn(6, 12)
