@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +59,25 @@ class Sharding:
         sizes = zip(given.placements, given.device_mesh.shape, strict=True)
         parts = math.prod(size for placement, size in sizes if not placement.is_replicate())
         return cls(given.device_mesh, tuple(given.placements), tensor.shape, tensor.stride(), parts / ranks)
+
+    @cached_property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Where this rank's part begins and how long it is, in each dimension."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        counts, firsts = compute_local_shape_and_global_offset(self.shape, self.mesh, self.placements)
+        return tuple(zip(firsts, counts, strict=True))
+
+    def splits(self, dimension: int) -> bool:
+        """Whether ranks hold other places along a dimension."""
+        sizes = zip(self.placements, self.mesh.shape, strict=True)
+        return any(size > 1 and getattr(placement, "dim", None) == dimension for placement, size in sizes)
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether what ranks hold are terms of a sum."""
+        sizes = zip(self.placements, self.mesh.shape, strict=True)
+        return any(size > 1 and placement.is_partial() for placement, size in sizes)
 
     def whole(self, part: Tensor) -> DTensor:
         """The tensor whose part on this rank is ``part``."""
@@ -114,6 +134,16 @@ class Layout:
         if self.shardings.keys() & tensors.keys():
             return torch.linalg.vector_norm(self.norms(tensors))
         return torch.nn.utils.get_total_norm(list(tensors.values()))
+
+    def cut(self, name: str, number: float | Tensor) -> float | Tensor:
+        """What of a number a parameter, or one a matrix of a stack, ``(..., 1, 1)``, is this rank's part's."""
+        sharding = self.shardings.get(name)
+        if sharding is None or not isinstance(number, Tensor) or number.dim() == 0:
+            return number
+        for dimension, (first, count) in enumerate(sharding.places):
+            if number.shape[dimension] > 1:
+                number = number.narrow(dimension, first if count else 0, count)
+        return number
 
     def _square(self, name: str, part: Tensor) -> Tensor:
         """What this rank adds to the square of a norm, 0-d, float64."""

@@ -13,6 +13,7 @@ from redline.host_copy import moved_to
 from redline.margins import StepMargins
 from redline.numerics.spectra import SpectralEstimate
 from redline.parameters import MatrixLayer
+from redline.sharding import Layout
 from redline.tangent_probe import StepTangent
 from redline.transaction import StepTransaction
 from redline.weight_decay import Rates
@@ -74,6 +75,7 @@ class Step:
         measure_weights: Callable[[float], SpectralEstimate],
     ) -> None:
         self.index, self.groups, self.layers = index, groups, layers
+        self.layout = Layout()
         self.loss: Tensor | None = None
         self.gradient_norm: Tensor | None = None
         self.scaled = False
@@ -141,6 +143,7 @@ class Step:
         update, decay = self.update.tensors[parameter], self.rates[parameter].decay
         if not isinstance(decay, Tensor):
             return update.add(self.before[parameter], alpha=decay) if decay else update
+        decay = self.layout.cut(parameter, decay)
         return update + decay.to(update) * self.before[parameter].to(update.dtype)
 
     def tangent(self, max_samples: int | None, remember: int = 0, *, decides: bool = False) -> StepTangent | None:
