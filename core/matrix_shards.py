@@ -89,7 +89,9 @@ def matrix_shard(layer: MatrixLayer, part: Tensor, sharding: Sharding) -> Matrix
 
 
 def frobenius_norms(layers: Sequence[MatrixLayer], tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
-    """Frobenius norm of each matrix, ``(n,)``, float32 (float64 if one is); on several ranks by one message, in float64.
+    """Frobenius norm of each matrix, ``(n,)``: on several ranks in float64, by one message.
+
+    On one device in float32, or float64 if one of them is.
 
     Args:
         layers: which.

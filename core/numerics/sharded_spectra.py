@@ -9,11 +9,11 @@ of ``b = rank + 2`` rows, and what the ranks send one another is small:
 - where they hold blocks of both, or terms of a sum: ``Y = X A^T``, then ``Y A``, ``(b, m)`` and ``(b, n)``;
 - where the side that nobody shares has no more than 128: half of ``A^T A``, ``n (n + 1) / 2``, once.
 
-All matrices go their rounds together: what each has to send next goes in one message. With ``R`` rounds of the matrix
-that takes most and ``e`` bytes a number (4; 8 if any matrix is float64) a call sends
+All matrices go their rounds together: what each has to send next goes in one message. With ``R`` rounds, two products
+each, of the matrix that takes most, and ``e`` bytes a number (4; 8 if any matrix is float64), a call sends
 
-    messages: 2 R - 1 watched, R + 1 unwatched (3 R - 1 and 2 R + 1 if a matrix is in blocks of both; 2 if all are small)
-    bytes:    e (R_i b n_i + 4 max(1, R_i - 1)) a matrix watched, e (R_i b n_i + 4) unwatched.
+    messages: 2 R - 1 watched, R + 1 unwatched; with a matrix in blocks of both 3 R - 1 and 2 R + 1; at least 2
+    bytes:    e (R b n + 4 max(1, R - 1)) a matrix watched, e (R b n + 4) unwatched; m + n for n in blocks of both.
 
 The four numbers are what makes decisions and results the same on every rank, bit for bit: whether it would stop, which
 all have to, and ``sigma_1`` and residual, of which the mean is told. All else after a message is done by each rank from
@@ -159,7 +159,8 @@ def _together(tasks: Sequence[_Rounds], total: Callable[[Tensor], Tensor]) -> li
         sums = total(torch.cat([sent.reshape(-1) for sent in sends.values()]))
         parts = sums.split([sent.numel() for sent in sends.values()])
         answers = {
-            place: part.view(sent.shape).to(sent.dtype) for (place, sent), part in zip(sends.items(), parts, strict=True)
+            place: part.view(sent.shape).to(sent.dtype)
+            for (place, sent), part in zip(sends.items(), parts, strict=True)
         }
         sends = {}
         for place, answer in answers.items():
@@ -247,7 +248,9 @@ def _here(whole: Tensor, first: int, count: int, _: int) -> Tensor:
 
 def _placed(part: Tensor, first: int, count: int, length: int) -> Tensor:
     """A part of rows that are 0 everywhere else."""
-    return torch.nn.functional.pad(part, (first, length - first - count)) if count else part.new_zeros(len(part), length)
+    return (
+        torch.nn.functional.pad(part, (first, length - first - count)) if count else part.new_zeros(len(part), length)
+    )
 
 
 def _precision(block: Tensor) -> torch.dtype:
