@@ -10,10 +10,13 @@ import torch
 from processes import on_ranks
 from rank_spectra import (
     CASES,
+    SCALES,
     Told,
     block,
     cuts,
+    decided,
     divides,
+    limits,
     measures,
     measures_parallelized,
     meets_what_is_not_finite,
@@ -21,6 +24,8 @@ from rank_spectra import (
     saves,
     whole_matrices,
 )
+
+from redline.update_limits import TOLERANCE as MARGIN
 
 ACCURACY = 1e-4  # relative error of sigma_1 that Redline promises
 
@@ -164,5 +169,33 @@ class TestResuming:
 @pytest.mark.parametrize("size", [2, 4])
 def test_numbers_a_matrix_are_cut_to_the_part_here(size: int) -> None:
     for answer in on_ranks(cuts, size):
-        assert [name for name, right in answer["right"] if not right] == []
-        assert len(answer["right"]) == 11
+        assert [name for name, right in answer if not right] == []
+        assert len(answer) == 11
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("relative_to", ["weight", "fan"])
+def test_updates_are_held_to_their_limits_wherever_they_lie(relative_to: str, size: int) -> None:
+    factors, sent = the_same(on_ranks(limits, size, relative_to))
+    names = ["whole", "rows", "columns", "blocks", "convolution_out", "experts", "experts_rows", "positions"]
+    matrices = whole_matrices(names)
+    for k, (name, matrix) in enumerate(matrices.items()):
+        scale, sigma = SCALES[k % len(SCALES)], float(torch.linalg.svdvals(matrix)[0])
+        rows, columns = matrix.shape
+        limit = sigma if relative_to == "weight" else 8 * 0.5 * (rows / columns) ** 0.5
+        over = scale * sigma * (1 + MARGIN) / limit
+        assert factors.get(name, 1.0) == pytest.approx(min(1.0, 1 / over), rel=2e-4), name
+        surely_under = {
+            "weight": scale * min(rows, columns) ** 0.5 * (1 + MARGIN) <= 1,
+            "fan": scale * float(matrix.norm()) * (1 + MARGIN) <= limit,
+        }[relative_to]
+        assert (name in factors) != surely_under, name
+    assert len(factors) < len(matrices)
+    if size == 1:
+        assert sent == []
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_decisions_on_matrices_are_carried_out_on_parts(size: int) -> None:
+    for answer in on_ranks(decided, size):
+        assert [what for what, right in answer.items() if not right] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,18 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import redline.spectrum_tracker
-from redline.matrix_shards import frobenius_norms
+from redline.control import Control
+from redline.controller import Decay, ScaleMatrices
+from redline.matrix_shards import block_of, frobenius_norms
 from redline.notes import Notes
 from redline.parameters import MatrixLayer, by_layer, by_parameter, matrix_layers
 from redline.ranks import Ranks
 from redline.sharding import Layout, local_part
 from redline.spectrum_tracker import SpectrumTracker
+from redline.step import Step
+from redline.transaction import StepTransaction
+from redline.update_limits import UpdateLimits
+from redline.weight_decay import Rates
 
 TOLERANCE = 2e-5
 R, P, S = Replicate, Partial, Shard
@@ -284,7 +291,7 @@ def resumes(rank: int, states: Sequence[dict[str, Any] | None]) -> Told:
     return told
 
 
-def cuts(rank: int) -> dict[str, list[tuple[str, bool]]]:
+def cuts(rank: int) -> list[tuple[str, bool]]:
     """For each stack of matrices, whether numbers a matrix scale this rank's part as they do the whole."""
     names = [name for name in CASES if "experts" in name or "stack" in name] + ["rows", "positions"]
     model = placed(names)
@@ -293,7 +300,7 @@ def cuts(rank: int) -> dict[str, list[tuple[str, bool]]]:
     factors = by_parameter(layers, numbers, lambda name: 1.0)
     back = by_layer(layers, factors, numbers)
     assert torch.equal(back, numbers)
-    right = []
+    right: list[tuple[str, bool]] = []
     for name, parameter in model.named_parameters():
         scaled = layout.cut(name, factors[name]) * parts[name]
         sharding = layout.shardings.get(name)
@@ -305,4 +312,62 @@ def cuts(rank: int) -> dict[str, list[tuple[str, bool]]]:
             if layer.parameter == name
         )
         right.append((name, same and scaled.shape == parts[name].shape))
-    return {"right": right}
+    return right
+
+
+_MOVED = ["whole", "rows", "columns", "blocks", "convolution_out", "experts", "experts_rows", "positions"]
+SCALES = (0.01, 0.99, 3.0, 0.05, 1.5)  # of an update, in the matrix's own size
+
+
+def _step(rank: int, names: Sequence[str]) -> Any:
+    """A step that moves matrix ``k`` by itself times ``SCALES[k % 5]``, on a transaction over this rank's parts."""
+    layers, parts, layout = _of(placed(names))
+    scales = torch.tensor([SCALES[k % len(SCALES)] for k in range(len(layers))])
+    by = by_parameter(layers, scales, lambda name: 0.0)
+    transaction = StepTransaction()
+    transaction.save({name: part.clone() for name, part in parts.items()})
+    for name, parameter in transaction.parameters.items():
+        parameter += layout.cut(name, by[name]) * parts[name]
+    return SimpleNamespace(
+        layers=layers,
+        layout=layout,
+        transaction=transaction,
+        before=transaction.before,
+        update=SimpleNamespace(tensors=transaction.update()),
+        rates={name: Rates(0.5, 0.0, None) for name in parts},
+    )
+
+
+def limits(rank: int, relative_to: str) -> tuple[dict[str, float], list[tuple[str, int]]]:
+    """The factors that hold the step to its limits, by layer, and what was sent for them."""
+    step = _step(rank, _MOVED)
+    step.net_update = lambda name: Step.net_update(step, name)
+    with Collectives() as collectives:
+        decision = UpdateLimits(1.0 if relative_to == "weight" else 8.0, relative_to).scale(step)
+    assert decision is not None
+    return dict(zip([one.name for one in decision.layers], decision.factors.tolist(), strict=True)), collectives.sent
+
+
+def decided(rank: int) -> dict[str, bool]:
+    """Whether a factor and a decay of each matrix are carried out, and seen by ``net_update``, on each part."""
+    step = _step(rank, _MOVED)
+    layout, layers, transaction = step.layout, step.layers, step.transaction
+    control: Any = SimpleNamespace(_transaction=transaction, _refuse_unmoved=lambda *_: None)
+    decays, factors = torch.linspace(0.01, 0.4, len(layers)), torch.linspace(0.2, 0.9, len(layers))
+    Control._change_matrices(control, step, "test", Decay(layers, decays, None))
+    step.update.tensors = transaction.update()
+    net = {name: Step.net_update(step, name) for name in transaction.parameters}
+    Control._change_matrices(control, step, "test", ScaleMatrices(layers, factors, ""))
+    transaction.commit()
+    right = {}
+    for k, (layer, factor) in enumerate(zip(layers, factors.tolist(), strict=True)):
+        scale, sharding = SCALES[k % len(SCALES)], layout.shardings.get(layer.parameter)
+        expected = {
+            "net": (net, scale),
+            "after": (transaction.parameters, 1 + factor * scale - 0.5 * float(decays[k])),
+        }
+        for what, (tensors, times) in expected.items():
+            found = block_of(layer, tensors[layer.parameter], sharding)
+            before = block_of(layer, step.before[layer.parameter], sharding)
+            right[f"{layer.name}: {what}"] = torch.allclose(found, times * before, rtol=1e-4, atol=1e-5)
+    return right
