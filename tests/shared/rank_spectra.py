@@ -32,8 +32,8 @@ from redline.weight_decay import Rates
 
 TOLERANCE = 2e-5
 R, P, S = Replicate, Partial, Shard
-_CONVOLUTION: Callable[[], nn.Module] = lambda: nn.Conv2d(24, 150, (3, 5))  # noqa: E731
-_TRANSPOSED: Callable[[], nn.Module] = lambda: nn.ConvTranspose2d(24, 150, (3, 5))  # noqa: E731
+_CONVOLUTION: Callable[[], nn.Module] = lambda: nn.Conv2d(24, 150, (3, 5), bias=False)  # noqa: E731
+_TRANSPOSED: Callable[[], nn.Module] = lambda: nn.ConvTranspose2d(24, 150, (3, 5), bias=False)  # noqa: E731
 
 
 class Case(NamedTuple):
@@ -111,7 +111,7 @@ def placed(names: Sequence[str] = tuple(CASES)) -> nn.ModuleDict:
     """The model with its parameters placed as the cases say."""
     size = dist.get_world_size()
     line = init_device_mesh("cpu", (size,))
-    grid = init_device_mesh("cpu", (2, size // 2))
+    grid = init_device_mesh("cpu", (max(1, size // 2), min(2, size)))
     model = nn.ModuleDict({name: module_of(name) for name in names})
     for name, module in model.items():
         placements = CASES[name].placements
