@@ -13,7 +13,8 @@ All matrices go their rounds together: what each has to send next goes in one me
 each, of the matrix that takes most, and ``e`` bytes a number (4; 8 if any matrix is float64), a call sends
 
     messages: 2 R - 1 watched, R + 1 unwatched; with a matrix in blocks of both 3 R - 1 and 2 R + 1; at least 2
-    bytes:    e (R b n + 4 max(1, R - 1)) a matrix watched, e (R b n + 4) unwatched; m + n for n in blocks of both.
+    bytes:    e (k n + 4 max(1, R - 1)) a matrix watched, e (k n + 4) unwatched, with k = min(R b, n) rows in all;
+              in blocks of both k (m + n) for k n, with n the shorter side.
 
 The four numbers are what makes decisions and results the same on every rank, bit for bit: whether it would stop, which
 all have to, and ``sigma_1`` and residual, of which the mean is told. All else after a message is done by each rank from
@@ -210,9 +211,9 @@ def _in_rounds(
                 break
         newest = _next_block(returns[-1][: n - len(basis)].double(), q, generator, dtype).to(dtype)
         basis = torch.cat([basis, newest])
-    vectors = (coefficients[:, :rank].mT @ q).mT
+    vectors = (coefficients[:, : min(n, rank)].mT @ q).mT
     # A matrix that is not finite for one step must not take the warm start with it.
-    vectors = torch.where(torch.isfinite(vectors).all(), vectors, begin().mT[:, : vectors.shape[1]])
+    vectors = torch.where(torch.isfinite(vectors).all(), vectors, begin().mT[:, :rank])
     return sigma, residual, 2 * len(returns), vectors.to(dtype)
 
 

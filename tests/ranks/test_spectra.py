@@ -102,7 +102,7 @@ def test_whole_matrices_are_divided_and_each_keeps_its_owner() -> None:
             for shape in shapes:
                 assert owners.setdefault(shape, rank) == rank
     work = [sum(rows * columns for (rows, columns), owner in owners.items() if owner == rank) for rank in (0, 1)]
-    assert max(work) < 1.15 * min(work)
+    assert max(work) < 1.25 * min(work)
 
 
 def test_nan_arrives_as_nan_and_goes_again() -> None:
@@ -120,18 +120,20 @@ def the_same_but_for_nan(told: list[Any]) -> Any:
     return told[0]
 
 
+@pytest.fixture(scope="module")
+def saved() -> list[dict[str, Any]]:
+    return on_ranks(saves, 2)
+
+
+@pytest.fixture(scope="module")
+def cold() -> Told:
+    return the_same(on_ranks(resumes, 2, [None, None]))
+
+
 class TestResuming:
     """Each from the states that the two ranks of a run have saved."""
 
     SPLIT = ("rows.weight", "columns.weight", "blocks.weight", "convolution_out.weight")
-
-    @pytest.fixture(scope="class")
-    def saved(self) -> list[dict[str, Any]]:
-        return on_ranks(saves, 2)
-
-    @pytest.fixture(scope="class")
-    def cold(self) -> Told:
-        return the_same(on_ranks(resumes, 2, [None, None]))
 
     def resumed(self, states: list[dict[str, Any] | None]) -> Told:
         names = ["whole", "whole_and_small", "replicated", "rows", "columns", "blocks", "experts", "convolution_out"]

@@ -214,7 +214,8 @@ def test_every_matrix_has_its_own_on_all_ranks(how: str, watched: bool) -> None:
     for sigma, (name, matrix) in zip(estimate.sigma, matrices.items(), strict=True):
         whole = matrix if how != "terms" else torch.stack([one.block.double() for one in parts_of(matrix, how)]).sum(0)
         assert relative_error(sigma, whole) < ACCURACY, name
-        assert float(sigma) <= true_sigma(whole) * (1 + 2e-6), f"{name}: an estimate from below"
+        rounding = 1e-5 if how == "terms" else 2e-6
+        assert float(sigma) <= true_sigma(whole) * (1 + rounding), f"{name}: an estimate from below"
     warm = the_same(Ranks(4).measure(shards, [one.state for one in estimates], watched=watched))
     for sigma, (name, matrix) in zip(warm.sigma, matrices.items(), strict=True):
         assert relative_error(sigma, matrix) < ACCURACY, name
@@ -426,7 +427,7 @@ def formula(shards: Sequence[MatrixShard], rounds: Sequence[int], watched: bool)
             messages, numbers = max(messages, 2), numbers + one.side * (one.side + 1) // 2 + 4
             continue
         messages = max(messages, r * (1 + both) + told)
-        numbers += r * sum(BLOCK * side for side in ((m, n) if both else (one.side,))) + 4 * told
+        numbers += min(r * BLOCK, one.side) * (m + n if both else one.side) + 4 * told
     return messages, numbers
 
 
