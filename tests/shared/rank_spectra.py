@@ -30,7 +30,7 @@ from redline.transaction import StepTransaction
 from redline.update_limits import UpdateLimits
 from redline.weight_decay import Rates
 
-TOLERANCE = 2e-5
+TOLERANCE = 5e-5
 R, P, S = Replicate, Partial, Shard
 _CONVOLUTION: Callable[[], nn.Module] = lambda: nn.Conv2d(24, 150, (3, 5), bias=False)  # noqa: E731
 _TRANSPOSED: Callable[[], nn.Module] = lambda: nn.ConvTranspose2d(24, 150, (3, 5), bias=False)  # noqa: E731
@@ -45,26 +45,26 @@ class Case(NamedTuple):
 
 
 CASES: dict[str, Case] = {
-    "whole": Case((300, 200), None),
+    "whole": Case((200, 150), None),
     "whole_and_small": Case((30, 20), None),
     "whole_stack": Case((3, 40, 30), None),
     "replicated": Case((200, 140), (R(),)),
-    "rows": Case((300, 200), (S(0),)),
-    "rows_of_wide": Case((150, 400), (S(0),)),
-    "columns": Case((300, 200), (S(1),)),
-    "uneven_rows": Case((301, 150), (S(0),)),
+    "rows": Case((200, 150), (S(0),)),
+    "rows_of_wide": Case((150, 300), (S(0),)),
+    "columns": Case((200, 150), (S(1),)),
+    "uneven_rows": Case((201, 150), (S(0),)),
     "fewer_rows_than_ranks": Case((3, 200), (S(0),)),
     "one_row": Case((1, 200), (S(0),)),
     "few_columns": Case((200, 3), (S(0),)),
     "terms": Case((200, 150), (P(),)),
     "mean_of_terms": Case((200, 150), (P("avg"),)),
-    "rows_in_bfloat16": Case((300, 200), (S(0),), torch.bfloat16),
-    "rows_in_float64": Case((300, 200), (S(0),), torch.float64),
-    "blocks": Case((301, 155), (S(0), S(1))),
-    "blocks_the_other_way": Case((155, 301), (S(1), S(0))),
-    "rows_twice": Case((303, 150), (S(0), S(0))),
-    "hybrid": Case((300, 200), (R(), S(0))),
-    "hybrid_columns": Case((300, 200), (S(1), R())),
+    "rows_in_bfloat16": Case((200, 150), (S(0),), torch.bfloat16),
+    "rows_in_float64": Case((200, 150), (S(0),), torch.float64),
+    "blocks": Case((201, 155), (S(0), S(1))),
+    "blocks_the_other_way": Case((155, 201), (S(1), S(0))),
+    "rows_twice": Case((203, 150), (S(0), S(0))),
+    "hybrid": Case((200, 150), (R(), S(0))),
+    "hybrid_columns": Case((200, 150), (S(1), R())),
     "rows_of_terms": Case((200, 150), (P(), S(0))),
     "convolution_out": Case(_CONVOLUTION, (S(0),)),
     "convolution_in": Case(_CONVOLUTION, (S(1),)),

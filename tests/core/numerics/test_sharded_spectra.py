@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -196,6 +196,17 @@ MATRICES = {
 }
 
 
+UNWATCHED = ("wide", "few rows", "eight columns", "rank 5", "flat power law", "bfloat16", "float64")  # they take long
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_a_rank() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # Accuracy ---------------------------------------------------------------------------------------------
 
 
@@ -205,7 +216,8 @@ def test_every_matrix_has_its_own_on_all_ranks(how: str, watched: bool) -> None:
     matrices = {
         name: build()
         for name, build in MATRICES.items()
-        if how != "terms" or name not in ("scale 1e-12", "scale 1e12", "bfloat16")  # lost in the noise of the terms
+        if (watched or name in UNWATCHED)
+        and (how != "terms" or name not in ("scale 1e-12", "scale 1e12", "bfloat16"))  # lost in the noise of the terms
     }
     shards = [parts_of(matrix, how) for matrix in matrices.values()]
     estimates = Ranks(4).measure(shards, watched=watched)
@@ -221,7 +233,7 @@ def test_every_matrix_has_its_own_on_all_ranks(how: str, watched: bool) -> None:
         assert relative_error(sigma, matrix) < ACCURACY, name
 
 
-@settings(deadline=None, derandomize=True, max_examples=80)
+@settings(deadline=None, derandomize=True, max_examples=50)
 @given(data=st.data())
 def test_any_matrix_in_any_parts(data: st.DataObject) -> None:
     rows, columns = (data.draw(st.integers(1, 260), label=side) for side in ("rows", "columns"))
@@ -339,8 +351,8 @@ def test_a_half_precision_part_is_converted_a_tile_at_a_time(
 
 
 @watched_and_unwatched
-@every_way
-@pytest.mark.parametrize("shape", [(190, 180), (20, 10), (1, 5)])
+@pytest.mark.parametrize("how", ["uneven rows", "columns", "blocks"])
+@pytest.mark.parametrize("shape", [(190, 140), (20, 10), (1, 5)])
 def test_a_zero_matrix_has_sigma_0_and_residual_0(shape: tuple[int, int], how: str, watched: bool) -> None:
     shards = [MatrixShard(torch.zeros_like(one.block), one.shape, one.split, one.first_row, one.first_column)
               for one in parts_of(torch.ones(shape), how)]  # fmt: skip
@@ -351,9 +363,8 @@ def test_a_zero_matrix_has_sigma_0_and_residual_0(shape: tuple[int, int], how: s
 
 
 @watched_and_unwatched
-@pytest.mark.parametrize("how", ["rows", "columns", "blocks"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("shape", [(190, 150), (150, 190), (20, 10)])
+@pytest.mark.parametrize(("how", "value"), [("rows", math.nan), ("columns", math.inf), ("blocks", math.nan)])
+@pytest.mark.parametrize("shape", [(190, 140), (20, 10)])
 def test_what_is_not_finite_on_one_rank_gives_nan_on_all_and_poisons_nothing(
     shape: tuple[int, int], value: float, how: str, watched: bool
 ) -> None:
@@ -432,10 +443,18 @@ def formula(shards: Sequence[MatrixShard], rounds: Sequence[int], watched: bool)
 
 
 @watched_and_unwatched
-@pytest.mark.parametrize("ways", [["rows"], ["columns", "rows"], ["rows", "blocks", "columns"], ["terms"]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("ways", "dtype"),
+    [
+        (["rows"], torch.float32),
+        (["rows", "blocks", "columns"], torch.float32),
+        (["terms"], torch.float32),
+        (["columns"], torch.float64),
+        (["rows"], torch.bfloat16),
+    ],
+)
 def test_what_is_sent_is_what_the_docstring_says(ways: list[str], dtype: torch.dtype, watched: bool) -> None:
-    shapes = [(300, 200), (150, 400), (500, 40), (30, 20), (20, 300)]
+    shapes = [(200, 150), (140, 300), (500, 40), (20, 160)]
     shards = [parts_of(gaussian(*shape, seed=k).to(dtype), how) for how in ways for k, shape in enumerate(shapes)]
     ranks = Ranks(4)
     estimates = ranks.measure(shards, watched=watched)
@@ -458,10 +477,10 @@ def test_small_matrices_alone_take_two_messages() -> None:
 
 
 def test_what_would_hold_too_much_at_once_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = [parts_of(gaussian(300, 200, k), "rows") for k in range(4)]
+    shards = [parts_of(gaussian(200, 140, k), "rows") for k in range(4)]
     at_once, in_turns = Ranks(4), Ranks(4)
     together = at_once.measure(shards, watched=False)
-    monkeypatch.setattr(sharded_spectra, "_AT_ONCE", 2 * 2 * 200 * 16 * BLOCK)  # two of them
+    monkeypatch.setattr(sharded_spectra, "_AT_ONCE", 2 * 2 * 140 * 16 * BLOCK)  # two of them
     apart = in_turns.measure(shards, watched=False)
     assert torch.equal(the_same(together).sigma, the_same(apart).sigma)
     assert len(in_turns.messages) == 2 * len(at_once.messages)
