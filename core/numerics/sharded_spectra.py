@@ -142,7 +142,8 @@ def sharded_top_singular_values(
 
 def _groups(tasks: Sequence[tuple[_Rounds, int]]) -> Iterator[list[_Rounds]]:
     """The tasks in order, as many at once as may be held."""
-    group, holds = [], 0
+    group: list[_Rounds] = []
+    holds = 0
     for task, held in tasks:
         if group and holds + held > _AT_ONCE:
             yield group

@@ -126,7 +126,7 @@ def the_same_but_for_nan(told: list[Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def saved() -> list[dict[str, Any]]:
+def saved() -> list[bytes]:
     return on_ranks(saves, 2)
 
 
@@ -140,36 +140,34 @@ class TestResuming:
 
     SPLIT = ("rows.weight", "columns.weight", "blocks.weight", "convolution_out.weight")
 
-    def resumed(self, states: list[dict[str, Any] | None]) -> Told:
+    def resumed(self, states: list[bytes | None]) -> Told:
         names = ["whole", "whole_and_small", "replicated", "rows", "columns", "blocks", "experts", "convolution_out"]
         told = the_same(on_ranks(resumes, len(states), states))
         assert told.sigma == pytest.approx(true_sigmas(whole_matrices(names)), rel=ACCURACY)
         return told
 
-    def test_each_rank_from_its_own_all_is_warm(self, saved: list[dict[str, Any]], cold: Told) -> None:
+    def test_each_rank_from_its_own_all_is_warm(self, saved: list[bytes], cold: Told) -> None:
         told = self.resumed([*saved])
         for name in (*self.SPLIT, "whole.weight", "replicated.weight", "experts.weight[0]", "experts.weight[2]"):
             assert told.passes[name] < cold.passes[name], name
 
-    def test_all_from_that_of_the_first_what_that_has_is_warm(self, saved: list[dict[str, Any]], cold: Told) -> None:
+    def test_all_from_that_of_the_first_what_that_has_is_warm(self, saved: list[bytes], cold: Told) -> None:
         told = self.resumed([saved[0], saved[0]])
         for name in (*self.SPLIT, "experts.weight[0]", "experts.weight[1]"):
             assert told.passes[name] < cold.passes[name], name
-        assert told.passes["experts.weight[2]"] == cold.passes["experts.weight[2]"], "the second rank's"
+        assert told.passes["experts.weight[2]"] >= cold.passes["experts.weight[2]"] - 4, "the second rank's"
 
-    def test_more_ranks_what_lay_in_parts_is_warm(self, saved: list[dict[str, Any]], cold: Told) -> None:
+    def test_more_ranks_what_lay_in_parts_is_warm(self, saved: list[bytes], cold: Told) -> None:
         told = self.resumed([saved[0]] * 4)
-        for name in self.SPLIT:
+        for name in set(self.SPLIT) - {"blocks.weight"}:  # which lay in columns alone
             assert told.passes[name] < cold.passes[name], name
 
-    def test_where_some_load_nothing_what_lies_in_parts_starts_cold(
-        self, saved: list[dict[str, Any]], cold: Told
-    ) -> None:
+    def test_where_some_load_nothing_what_lies_in_parts_starts_cold(self, saved: list[bytes], cold: Told) -> None:
         told = self.resumed([saved[0], None])
         for name in self.SPLIT:
             assert told.passes[name] >= cold.passes[name] - 4, name
 
-    def test_one_device_goes_on_with_what_fits(self, saved: list[dict[str, Any]]) -> None:
+    def test_one_device_goes_on_with_what_fits(self, saved: list[bytes]) -> None:
         self.resumed([saved[0]])
 
 
