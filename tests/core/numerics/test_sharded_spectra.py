@@ -29,7 +29,7 @@ class Ranks:
     def __init__(self, size: int) -> None:
         self.size = size
         self.messages: list[Tensor] = []  # as rank 0 sent them
-        self._barrier = threading.Barrier(size, timeout=60)
+        self._barrier = threading.Barrier(size, timeout=20)
         self._sent: list[Tensor | None] = [None] * size
         self._here = threading.local()
 
