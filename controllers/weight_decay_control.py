@@ -188,7 +188,7 @@ class WeightDecayControl(Controller):
         ``growth_lr``), and since the last measurement the ``steps`` made, the sums of their ``lr`` and of what was
         ``shrunk``.
         """
-        x = self._spectra.measure(layers, step.before, _TOLERANCE).sigma.square()
+        x = self._spectra.measure(layers, step.before, _TOLERANCE, step.layout).sigma.square()
         rates = {layer.parameter: step.rates[layer.parameter] for layer in layers}
         lr_now = by_layer(layers, {name: one.lr for name, one in rates.items()}, x)
         group_decay = by_layer(layers, {name: one.weight_decay for name, one in rates.items()}, x)

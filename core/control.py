@@ -259,14 +259,15 @@ class Control:
             self._refuse_unmoved(name, layer.parameter)
         changed = False
         if isinstance(decision, ScaleMatrices):
-            factors = by_parameter(decision.layers, decision.factors, step.weights, lambda parameter: 1.0)
+            factors = by_parameter(decision.layers, decision.factors, lambda parameter: 1.0)
             for parameter, factor in factors.items():
                 if isinstance(factor, Tensor) or factor != 1:
-                    self._transaction.scale_net(parameter, factor, step.rates[parameter].decay)
+                    here = step.layout.cut(parameter, factor), step.layout.cut(parameter, step.rates[parameter].decay)
+                    self._transaction.scale_net(parameter, *here)
                     changed = True
             return changed
         in_force = by_parameter(
-            decision.layers, decision.weight_decays, step.weights, lambda parameter: step.rates[parameter].weight_decay
+            decision.layers, decision.weight_decays, lambda parameter: step.rates[parameter].weight_decay
         )
         for parameter, weight_decay in in_force.items():
             rates = step.rates[parameter]
@@ -277,7 +278,8 @@ class Control:
                 )
             both = weight_decay, rates.weight_decay
             if any(isinstance(one, Tensor) for one in both) or _differ(*both, decision.weight_decays.dtype):
-                self._transaction.shrink(parameter, rates.lr * (weight_decay - rates.weight_decay))
+                more = rates.lr * (weight_decay - rates.weight_decay)
+                self._transaction.shrink(parameter, step.layout.cut(parameter, more))
                 step.rates[parameter] = rates._replace(weight_decay=weight_decay)
                 changed = True
         return changed

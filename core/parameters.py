@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from redline.errors import ConfigurationError
 from redline.host_copy import is_on_host, moved_to
+from redline.matrix_shards import why_unmeasurable
 from redline.notes import Notes
 from redline.optimizers import optimizer_labels
 
@@ -29,6 +30,7 @@ class MatrixLayer:
         d_out: rows.
         d_in: columns; all the input channels and taps of a convolution.
         index: place in the stack, or None.
+        stack: shape of the stack.
         transposed: a transposed convolution, whose parameter has its inputs first.
     """
 
@@ -38,6 +40,7 @@ class MatrixLayer:
     d_in: int
     index: int | None = None
     transposed: bool = False
+    stack: tuple[int, ...] = ()
 
     def of(self, tensor: Tensor) -> Tensor:
         """The ``(d_out, d_in)`` view of a tensor of the parameter's shape: the weight itself, or its update."""
@@ -58,10 +61,9 @@ def fans(layers: Sequence[MatrixLayer], like: Tensor) -> Tensor:
 def by_parameter(
     layers: Sequence[MatrixLayer],
     numbers: Tensor,
-    parameters: Mapping[str, Tensor],
     default: Callable[[str], float | Tensor],
 ) -> dict[str, float | Tensor]:
-    """A number a matrix, ``(n,)``, as a number a parameter, which broadcasts against it.
+    """A number a matrix, ``(n,)``, as a number a parameter, which broadcasts against the whole of it.
 
     Floats for numbers on the host, 0-d tensors for others, and ``(..., 1, 1)`` for a stack of matrices, where
     ``default`` stands for those that are not among the layers.
@@ -74,8 +76,7 @@ def by_parameter(
             found[name] = value
             continue
         if name not in found:
-            shape = (*parameters[name].shape[:-2], 1, 1)
-            found[name] = _as_one_of(default(name), numbers).expand(shape).clone()
+            found[name] = _as_one_of(default(name), numbers).expand(*layer.stack, 1, 1).clone()
         torch.as_tensor(found[name]).view(-1)[layer.index] = value
     return found
 
@@ -116,11 +117,11 @@ def matrix_layers(model: nn.Module, notes: Notes) -> list[MatrixLayer]:
                 f"got the lazy parameter {name!r}, not initialized yet; expected one with a shape: run one forward "
                 "pass before attaching."
             )
-        if hasattr(parameter, "placements"):
-            notes.add(f"{name} is sharded (DTensor): its spectrum is not measured.")
-            continue
         if not parameter.is_floating_point():
             notes.add(f"{name} is {parameter.dtype}: only floating-point matrices are measured.")
+            continue
+        if reason := why_unmeasurable(parameter):
+            notes.add(f"{name} {reason}: its spectrum is not measured.")
             continue
         layers += _layers_of(name, parameter, convolutions.get(id(parameter)))
     return layers
@@ -147,7 +148,7 @@ def _layers_of(name: str, parameter: Tensor, transposed: bool | None) -> list[Ma
     if len(sides) == 2:
         return [MatrixLayer(name, name, sides[0], sides[1])]  # such as position embeddings (1, time, width)
     stack = math.prod(shape[:-2])
-    return [MatrixLayer(f"{name}[{e}]", name, shape[-2], shape[-1], index=e) for e in range(stack)]
+    return [MatrixLayer(f"{name}[{e}]", name, shape[-2], shape[-1], index=e, stack=shape[:-2]) for e in range(stack)]
 
 
 class ParameterNames:

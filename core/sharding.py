@@ -47,6 +47,16 @@ class Layout:
             return torch.nn.utils.get_total_norm(list(tensors.values()))
         return torch.linalg.vector_norm(self.norms(tensors.items()))
 
+    def cut(self, name: str, number: float | Tensor) -> float | Tensor:
+        """What of a number a parameter, or one a matrix of a stack, ``(..., 1, 1)``, is this rank's part's."""
+        sharding = self.shardings.get(name)
+        if sharding is None or not isinstance(number, Tensor) or number.dim() == 0:
+            return number
+        for dimension, (first, count) in enumerate(sharding.places):
+            if number.shape[dimension] > 1:
+                number = number.narrow(dimension, first if count else 0, count)
+        return number
+
     def _square(self, name: str, part: Tensor) -> Tensor:
         """What this rank adds to the square of a norm, 0-d, float64."""
         sharding = self.shardings.get(name)

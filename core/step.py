@@ -179,6 +179,7 @@ class Step:
         update, decay = self.update.tensors[parameter], self.rates[parameter].decay
         if not isinstance(decay, Tensor):
             return update.add(self.before[parameter], alpha=decay) if decay else update
+        decay = torch.as_tensor(self.layout.cut(parameter, decay))
         return update + decay.to(update) * self.before[parameter].to(update.dtype)
 
     def tangent(self, max_samples: int | None, remember: int = 0, *, decides: bool = False) -> StepTangent | None:

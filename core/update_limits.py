@@ -11,6 +11,7 @@ from torch import Tensor
 
 from redline.controller import Number, ScaleMatrices
 from redline.host_copy import is_on_host, moved_to
+from redline.matrix_shards import frobenius_norms
 from redline.parameters import MatrixLayer, by_layer, fans
 from redline.spectrum_tracker import SpectrumTracker
 from redline.step import Step
@@ -43,12 +44,10 @@ class UpdateLimits:
         layers = moved(step)
         net = {name: step.net_update(name) for name in dict.fromkeys(layer.parameter for layer in layers)}
         if all(map(is_on_host, net.values())):  # elsewhere to ask would be to wait
-            layers = [
-                layer for layer in layers if not self._is_surely_under(step, layer, net[layer.parameter], float(factor))
-            ]
+            layers = self._maybe_over(step, layers, net, float(factor))
         if not layers:
             return None
-        sigma = self._updates.measure(layers, net, _ASKED).sigma * (1 + TOLERANCE)
+        sigma = self._updates.measure(layers, net, _ASKED, step.layout).sigma * (1 + TOLERANCE)
         sigma = sigma * moved_to(torch.as_tensor(factor), sigma)
         if self.relative_to == "fan":
             rates = {name: times(factor, step.rates[name].lr) for name in net}
@@ -71,16 +70,37 @@ class UpdateLimits:
 
     def weights(self, step: Step, layers: Sequence[MatrixLayer]) -> Tensor:
         """``sigma_1`` of the matrices before the step, ``(n,)``."""
-        return self._weights.measure(layers, step.before, _ASKED).sigma
+        return self._weights.measure(layers, step.before, _ASKED, step.layout).sigma
 
-    def _is_surely_under(self, step: Step, layer: MatrixLayer, net: Tensor, factor: float) -> bool:
-        """Whether Frobenius norms alone say so: ``sigma_1 <= ||.||_F <= sqrt(min(d_out, d_in)) sigma_1``."""
-        most = float(torch.linalg.vector_norm(layer.of(net))) * factor * (1 + TOLERANCE)
+    def _maybe_over(
+        self, step: Step, layers: Sequence[MatrixLayer], net: Mapping[str, Tensor], factor: float
+    ) -> list[MatrixLayer]:
+        """Those that are not surely under their limits, the same on every rank."""
+        norms = frobenius_norms(layers, net, step.layout).tolist()
         if self.relative_to == "fan":
-            return (
-                most <= self.limit * factor * float(step.rates[layer.parameter].lr) * (layer.d_out / layer.d_in) ** 0.5
-            )
-        weight = float(torch.linalg.vector_norm(layer.of(step.before[layer.parameter]), dtype=net.dtype))
+            weights = [0.0] * len(layers)
+        else:
+            weights = frobenius_norms(layers, step.before, step.layout).tolist()
+        return [
+            layer
+            for layer, norm, weight in zip(layers, norms, weights, strict=True)
+            if not self._is_surely_under(step, layer, norm * factor, factor, weight)
+        ]
+
+    def _is_surely_under(self, step: Step, layer: MatrixLayer, norm: float, factor: float, weight: float) -> bool:
+        """Whether Frobenius norms alone say so: ``sigma_1 <= ||.||_F <= sqrt(min(d_out, d_in)) sigma_1``.
+
+        Args:
+            step: whose update.
+            layer: of the matrix.
+            norm: of its update.
+            factor: that is in ``norm``, and on the rates.
+            weight: norm of the matrix.
+        """
+        most = norm * (1 + TOLERANCE)
+        if self.relative_to == "fan":
+            rate = factor * float(step.rates[layer.parameter].lr)
+            return most <= self.limit * rate * (layer.d_out / layer.d_in) ** 0.5
         return most <= self.limit * weight / min(layer.d_out, layer.d_in) ** 0.5
 
     def state_dict(self) -> dict[str, Any]:

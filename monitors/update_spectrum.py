@@ -46,7 +46,7 @@ class UpdateSpectrum(Monitor):
             return
         layers = [step.layers[place] for place in places]
         names = [layer.name for layer in layers]
-        sigma = self._spectra.measure(layers, update.tensors, self.tolerance).sigma
+        sigma = self._spectra.measure(layers, update.tensors, self.tolerance, step.layout).sigma
         index = torch.tensor(places).to(sigma.device, non_blocking=True)
         weight = step.weight_spectra(_WEIGHT_TOLERANCE).sigma.index_select(0, index)
         readings.layers(metrics.UPDATE_SPECTRAL_NORM, names, sigma)

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from redline import metrics
+from redline.matrix_shards import frobenius_norms
 from redline.monitor import Monitor
 from redline.parameters import fans
 from redline.readings import Readings
@@ -37,14 +38,8 @@ class WeightSpectrum(Monitor):
         if not step.layers:
             return
         estimate = step.weight_spectra(self.tolerance)
-        weights = step.weights
         names = [layer.name for layer in step.layers]
-        frobenius = torch.stack(
-            [
-                torch.linalg.vector_norm(layer.of(weights[layer.parameter]), dtype=estimate.sigma.dtype)
-                for layer in step.layers
-            ]
-        )
+        frobenius = frobenius_norms(step.layers, step.weights, step.layout).to(estimate.sigma)
         readings.layers(metrics.WEIGHT_SPECTRAL_NORM, names, estimate.sigma)
         readings.layers(metrics.WEIGHT_SPECTRAL_RESIDUAL, names, estimate.residual)
         readings.layers(metrics.WEIGHT_STABLE_RANK, names, (frobenius / estimate.sigma) ** 2, estimate.sigma != 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -52,6 +53,25 @@ class Sharding:
         sizes = zip(given.placements, given.device_mesh.shape, strict=True)
         parts = math.prod(size for placement, size in sizes if not placement.is_replicate())
         return cls(given.device_mesh, tuple(given.placements), tensor.shape, tensor.stride(), parts / ranks)
+
+    @cached_property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Where this rank's part begins and how long it is, in each dimension."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        counts, firsts = compute_local_shape_and_global_offset(self.shape, self.mesh, self.placements)
+        return tuple(zip(firsts, counts, strict=True))
+
+    def splits(self, dimension: int) -> bool:
+        """Whether ranks hold other places along a dimension."""
+        sizes = zip(self.placements, self.mesh.shape, strict=True)
+        return any(size > 1 and getattr(placement, "dim", None) == dimension for placement, size in sizes)
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether what ranks hold are terms of a sum."""
+        sizes = zip(self.placements, self.mesh.shape, strict=True)
+        return any(size > 1 and placement.is_partial() for placement, size in sizes)
 
     def whole(self, part: Tensor) -> DTensor:
         """The tensor whose part on this rank is ``part``."""

@@ -124,15 +124,14 @@ def _top_singular_value(
     n = min(matrix.shape)
     watched = matrix.device.type == "cpu" if watched is None else watched
     if n <= _SMALL:
-        gram = _gram(matrix, dtype)
+        gram = _gram(matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT, dtype)
         theta, vectors = _eigenpairs(gram, 1, watched)
         off = torch.linalg.vector_norm(gram @ vectors[:, 0] - theta[0] * vectors[:, 0])
         return *_told(theta[0], off, dtype), 2, None
 
     generator = torch.Generator(matrix.device).manual_seed(seed)
     start = start.mT.to(matrix.device, dtype) if start is not None and start.shape == (n, rank) else None
-    if iterations is None:
-        iterations = _MOST_ITERATIONS if watched else _UNWATCHED_ITERATIONS["cold" if start is None else "warm"]
+    iterations = _most_iterations(iterations, start is not None, watched)
     like = torch.empty(0, dtype=dtype, device=matrix.device)
     basis = newest = _starting_block(n, start, rank, generator, like)
     images: list[Tensor] = []  # (A q)^T for the rows q of the basis, block by block
@@ -157,16 +156,21 @@ def _top_singular_value(
     return *_told(theta[0], torch.linalg.vector_norm(residuals[0]), dtype), 2 * len(images), vectors
 
 
+def _most_iterations(asked: int | None, warm: bool, watched: bool) -> int:
+    if asked is not None:
+        return asked
+    return _MOST_ITERATIONS if watched else _UNWATCHED_ITERATIONS["warm" if warm else "cold"]
+
+
 def _told(theta: Tensor, off: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``sigma`` and its relative residual."""
     return theta.sqrt().to(dtype), torch.where(theta == 0, 0.0, off / theta).to(dtype)
 
 
 def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """``A^T A`` of the shorter side, computed in ``dtype``, in float64."""
-    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=dtype, device=matrix.device)
-    for tile in _tiles(tall):
+    """``A^T A``, computed in ``dtype``, in float64."""
+    gram = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=dtype, device=matrix.device)
+    for tile in _tiles(matrix):
         rows = tile.to(dtype)
         gram.addmm_(rows.mT, rows)
     return gram.double()
@@ -212,11 +216,13 @@ def _by_columns(matrix: Tensor, y: Tensor) -> Tensor:
 
 def _tiles(matrix: Tensor) -> tuple[Tensor, ...]:
     """Rows at a time, so that no more than a tile is ever copied into another precision."""
-    return matrix.split(max(1, _TILE // matrix.shape[1]))
+    return matrix.split(max(1, _TILE // max(1, matrix.shape[1])))
 
 
-def _next_block(block: Tensor, basis: Tensor, generator: torch.Generator) -> Tensor:
-    """An orthonormal basis of what the block's rows add to the basis.
+def _next_block(
+    block: Tensor, basis: Tensor, generator: torch.Generator, precision: torch.dtype | None = None
+) -> Tensor:
+    """An orthonormal basis of what the block's rows add to the basis; ``precision``: that the block was computed in.
 
     Rows that add nothing but rounding (the space is invariant, the rank is exhausted) are drawn anew. One that adds
     hardly more lies mostly within the basis again once it is normalized, so "twice is enough" (Kahan, Parlett) is
@@ -226,7 +232,7 @@ def _next_block(block: Tensor, basis: Tensor, generator: torch.Generator) -> Ten
     block = block / block.abs().amax().clamp_min(tiny)  # the squares of large entries would overflow
     block = block / torch.linalg.vector_norm(block, dim=1).amax().clamp_min(tiny)
     q, triangle = torch.linalg.qr((block - (block @ basis.mT) @ basis).mT)
-    noise = triangle.diagonal().abs() <= 100 * torch.finfo(block.dtype).eps
+    noise = triangle.diagonal().abs() <= 100 * torch.finfo(precision or block.dtype).eps
     fresh = torch.randn(block.shape, generator=generator, dtype=block.dtype, device=block.device)
     block = torch.where(noise[:, None], fresh, q.mT)
     for _ in range(2):

@@ -184,7 +184,7 @@ def spread(
     model: nn.Module,
     default: Callable[[str], float | Tensor] = lambda name: 0.0,
 ) -> dict[str, float | Tensor]:
-    return by_parameter(layers, numbers, dict(model.named_parameters()), default)
+    return by_parameter(layers, numbers, default)
 
 
 @PLACES
