@@ -29,6 +29,7 @@ from redline.numerics.layer_radii import (
     attention_step_size,
     thinned,
 )
+from redline.numerics.names import plain_name
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 _MULTI_HEAD_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
@@ -96,7 +97,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.steps = LayerSteps()
         self._stretch = stretch
-        self._names = {module: name or type(model).__name__ for name, module in model.named_modules()}
+        self._names = {module: plain_name(name) or type(model).__name__ for name, module in model.named_modules()}
         self._within = [type(model).__name__]
         self._calls: dict[tuple[str, str], int] = {}
 
