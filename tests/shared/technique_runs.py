@@ -42,9 +42,9 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Blocks in a list, as in language models; ``call`` is how each is called."""
+    """Blocks in a list, as in language models; ``call`` is how each is called, if not directly."""
 
-    def __init__(self, dropout: float = 0.1, call: Callable[..., Tensor] = lambda block, x: block(x)) -> None:
+    def __init__(self, dropout: float = 0.1, call: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
         self.call = call
         self.body = nn.Linear(FEATURES, WIDTH)
@@ -54,7 +54,7 @@ class Blocks(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.body(x)
         for block in self.layers:
-            x = self.call(block, x)
+            x = block(x) if self.call is None else self.call(block, x)
         return self.head(x)
 
 
@@ -116,7 +116,10 @@ class Trained:
     def labels(self) -> set[str]:
         """The layers that there were spectra of."""
         return {
-            series.labels[0] for one in self.readings for series in one if series.metric == "redline_weight_spectral_norm"
+            series.labels[0]
+            for one in self.readings
+            for series in one
+            if series.metric == "redline_weight_spectral_norm"
         }
 
 
