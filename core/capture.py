@@ -48,8 +48,8 @@ class ForwardCapture:
     with trainable parameters that is called stands for it. Once the model itself is called its children are no longer
     watched: a hook on a child would split a compiled model's graph.
 
-    Activation checkpointing calls modules again within backward. That is no forward of the step's: nobody is told of it,
-    and it is kept only where the first call ran without gradients, as ``use_reentrant=True`` has it.
+    Activation checkpointing calls modules again within backward. That is no forward of the step's: nobody is told of
+    it, and it is kept only where the first call ran without gradients, as ``use_reentrant=True`` has it.
 
     Attributes:
         armed: whether to keep the inputs of the next call.

@@ -1,4 +1,4 @@
-"""Gradient accumulation: several forwards and one step, measured on the last micro-batch, plain and under ``no_sync``."""
+"""Gradient accumulation: several forwards and one step, measured on the last of them, plain and in ``no_sync``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from technique_runs import R, Blocks, batch, every_step, reference, sgd
+from technique_runs import Blocks, R, batch, every_step, reference, sgd
 from torch import nn
 from torch.optim import Optimizer
 

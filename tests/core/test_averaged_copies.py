@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from technique_runs import LABELS, R, Blocks, batch, every_step, reference, sgd
+from technique_runs import LABELS, Blocks, R, batch, every_step, reference, sgd
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn

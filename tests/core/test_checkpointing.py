@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from technique_runs import LABELS, R, Block, Blocks, Trained, batch, every_step, reference, sgd, train
+from technique_runs import LABELS, Block, Blocks, R, Trained, batch, every_step, reference, sgd, train
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointFunction, checkpoint

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from technique_runs import FEATURES, LABELS, R, Blocks, Trained, batch, sgd, train
+from technique_runs import FEATURES, LABELS, Blocks, R, Trained, batch, sgd, train
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.optim import Optimizer

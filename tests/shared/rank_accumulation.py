@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from technique_runs import R, Blocks, batch, every_step, reference, sgd
+from technique_runs import Blocks, R, batch, every_step, reference, sgd
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 

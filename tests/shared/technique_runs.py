@@ -104,7 +104,8 @@ class Trained:
         """The readings that are not the other's; both must have the same ones."""
         found: list[Any] = []
         for step, (ours, theirs) in enumerate(zip(self.readings, other.readings, strict=True)):
-            assert ours and ours.keys() == theirs.keys()
+            assert ours
+            assert ours.keys() == theirs.keys()
             found += [
                 (step, series, ours[series], theirs[series])
                 for series in ours
