@@ -64,6 +64,12 @@ def compilations() -> tuple[int, Counter[str]]:
     return found
 
 
+def one_step(model: nn.Module, optimizer: Optimizer, seed: int) -> None:
+    F.cross_entropy(model(batch(seed)[0]), batch(seed)[1]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 BEFORE, AFTER, WARM = {"when": "ahead"}, {"when": "afterwards"}, {"when": "ahead", "warm": 2}
 
 
@@ -113,21 +119,35 @@ def test_a_compiled_block_can_be_named_as_what_gives_the_logits(how: Callable[[A
     assert watched.differences(eager(module="layers.1")) == []
 
 
-def test_a_compiled_container_of_torchs_own_is_measured_through_what_is_called() -> None:
+def sequential() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 5))
+
+
+def as_one_graph(model: nn.Module) -> nn.Module:
+    return torch.compile(model, fullgraph=True, **BACKEND)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("warm", [0, 2])
+def test_a_compiled_container_of_torchs_own_is_measured_through_what_is_called(warm: int) -> None:
     """``nn.Sequential``'s call is inlined, its hooks with it: Redline's are on the compiled module around it."""
+    plain = train(sequential, watched=True, warm=warm)
+    watched = train(sequential, watched=True, ahead=as_one_graph, warm=warm)
+    assert watched.differences(plain) == []
+    assert watched.labels == {"0.weight", "2.weight"}
+    assert watched.equals(train(sequential, watched=False, ahead=as_one_graph, warm=warm))
 
-    def sequential() -> nn.Module:
-        return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 5))
 
-    def as_one_graph(model: nn.Module) -> nn.Module:
-        return torch.compile(model, fullgraph=True, **BACKEND)  # type: ignore[no-any-return]
-
-    for warm in (0, 2):
-        plain = train(sequential, watched=True, warm=warm)
-        watched = train(sequential, watched=True, ahead=as_one_graph, warm=warm)
-        assert watched.differences(plain) == []
-        assert watched.labels == {"0.weight", "2.weight"}
-        assert watched.equals(train(sequential, watched=False, ahead=as_one_graph, warm=warm))
+@pytest.mark.filterwarnings("ignore::redline.RedlineWarning")
+def test_a_graph_that_runs_past_a_later_hook_is_told_of_not_guessed() -> None:
+    model = sequential()
+    called, optimizer = as_one_graph(model), sgd(model)
+    one_step(called, optimizer, 0)
+    with redline.attach(model, optimizer, monitors=[redline.GhostRadius(1), redline.UpdateSpectrum(1)]) as session:
+        one_step(called, optimizer, 1)
+        assert R not in session.latest
+        assert session.latest.layers("redline_update_spectral_norm").keys() == {"0.weight", "2.weight"}
+        (note,) = session.notes
+    assert "the model was not called in training mode" in note
 
 
 def test_a_compiled_function_that_calls_the_model_is_measured() -> None:
