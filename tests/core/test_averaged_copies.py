@@ -256,3 +256,19 @@ def test_new_batchnorm_statistics_are_no_training(whose: str) -> None:
         for seed in range(4):
             step(model, optimizer, seed)
             assert session.latest.value(R) == pytest.approx(r[seed], rel=1e-5)
+
+
+def test_new_batchnorm_statistics_end_no_joint_step() -> None:
+    """Renewed between two optimizers' steps, where a forward in training would end what the first began."""
+    torch.manual_seed(0)
+    model = Normalizing()
+    first, *others = model.parameters()
+    optimizers = [torch.optim.SGD(one, 0.1) for one in ([first], others)]
+    with redline.attach(model, optimizers, monitors=[redline.StepHealth(1)]) as session:
+        x, y = batch(0)
+        F.cross_entropy(model(x), y).backward()
+        optimizers[0].step()
+        update_bn([x, x], model)
+        assert session.latest.value("redline_steps_total") == 0
+        optimizers[1].step()
+        assert session.latest.value("redline_steps_total") == 1
