@@ -15,6 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from redline.errors import ConfigurationError
 from redline.hooks import ForwardHook
+from redline.numerics.names import plain_name
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # what is inside a compiled module, and a checkpointed one
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class CapturedCall:
         kwargs: keyword inputs, copied.
         autocast: the autocast dtype in force on the module's device, or None.
         name: the module's qualified name in the model; "" for the model itself.
+        again: made within a backward pass, to compute activations once more.
     """
 
     module: nn.Module
@@ -34,6 +38,7 @@ class CapturedCall:
     kwargs: dict[str, Any]
     autocast: torch.dtype | None
     name: str = ""
+    again: bool = False
 
 
 class ForwardCapture:
@@ -42,6 +47,9 @@ class ForwardCapture:
     Where the model itself is never called (a LightningModule whose ``training_step`` calls ``self.net``), the one child
     with trainable parameters that is called stands for it. Once the model itself is called its children are no longer
     watched: a hook on a child would split a compiled model's graph.
+
+    Activation checkpointing calls modules again within backward. That is no forward of the step's: nobody is told of
+    it, and it is kept only where the first call ran without gradients, as ``use_reentrant=True`` has it.
 
     Attributes:
         armed: whether to keep the inputs of the next call.
@@ -63,7 +71,7 @@ class ForwardCapture:
         self._root = unwrapped(model)
         self._of_children: list[RemovableHandle] = []
         if module is not None:
-            self._handles.append(self._watch(module, _submodule(self._root, module)))
+            self._handles.append(self._watch(plain_name(module), _submodule(self._root, module)))
             if module and _has_forward(self._root):
                 hook = ForwardHook(self._on_outer_call)
                 self._handles.append(model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
@@ -104,31 +112,37 @@ class ForwardCapture:
 
     def _on_outer_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called around the watched submodule: what comes ahead of that belongs to the step, too."""
-        if module.training and torch.is_grad_enabled() and not _is_redirected(module):
+        if _is_training(module) and not _in_backward():
             self._before_forward()
 
     def _on_call(
         self, name: str, module: nn.Module, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if not (module.training and torch.is_grad_enabled()) or _is_redirected(module):
+        if not _is_training(module):
+            return
+        again = _in_backward()
+        if again and name in self._calls and not self._calls[name].again:
             return
         if name == "" and self._of_children:
             for handle in self._of_children:
                 handle.remove()
             self._of_children = []
-        self._before_forward()
+        if not again:
+            self._before_forward()
         if self.armed:
             with self._at_work():
                 args, kwargs = tree_map(_copied, (args, dict(kwargs)))
-            self._calls[name] = CapturedCall(module, args, kwargs, _autocast_dtype(module), name)
+            self._calls[name] = CapturedCall(module, args, kwargs, _autocast_dtype(module), name, again)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module under DistributedDataParallel, DataParallel and ``torch.compile`` wrappers."""
+    """The user's own module under DistributedDataParallel, DataParallel, ``torch.compile`` and checkpoint wrappers."""
     while True:
+        # Not by attribute: a part of the model may hand on the attributes of what it wraps.
+        inner = next((model._modules[name] for name in _WRAPPED if model._modules.get(name) is not None), None)
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif inner is not None:
             model = inner
         else:
             return model
@@ -153,13 +167,23 @@ def _callable_children(root: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _submodule(root: nn.Module, name: str) -> nn.Module:
-    modules = dict(root.named_modules())
-    if name not in modules:
+    modules: dict[str, nn.Module] = {}
+    for inner, found in root.named_modules():
+        modules.setdefault(plain_name(inner), found)  # the outermost by this name: the one that is called
+    if (plain := plain_name(name)) not in modules:
         raise ConfigurationError(
             f"got module={name!r}; expected the qualified name of a submodule of {type(root).__name__}, such as "
             f"{', '.join(repr(inner) for inner in list(modules)[1:9]) or 'none: it has no submodules'}."
         )
-    return modules[name]
+    return modules[plain]
+
+
+def _is_training(module: nn.Module) -> bool:
+    return module.training and torch.is_grad_enabled() and not _is_redirected(module)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # as torch's own module tracker asks
 
 
 def _is_redirected(module: nn.Module) -> bool:

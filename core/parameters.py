@@ -14,6 +14,7 @@ from redline.errors import ConfigurationError
 from redline.host_copy import is_on_host, moved_to
 from redline.matrix_shards import why_unmeasurable
 from redline.notes import Notes
+from redline.numerics.names import plain_name
 from redline.optimizers import optimizer_labels
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -25,7 +26,8 @@ class MatrixLayer:
     """One matrix to measure: a parameter, or one matrix of a stack of them.
 
     Attributes:
-        name: the label ``layer``: the parameter's qualified name, ``name[e]`` for matrix ``e`` of a stack.
+        name: the label ``layer``: the parameter's qualified name without what wrappers put into it, ``name[e]`` for
+            matrix ``e`` of a stack.
         parameter: the parameter's qualified name.
         d_out: rows.
         d_in: columns; all the input channels and taps of a convolution.
@@ -134,21 +136,21 @@ def _kernel_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def _layers_of(name: str, parameter: Tensor, transposed: bool | None) -> list[MatrixLayer]:
-    shape = tuple(parameter.shape)
+    shape, label = tuple(parameter.shape), plain_name(name)
     if parameter.dim() < 2 or parameter.numel() == 0:
         return []
     if transposed is not None:
         d_out, inputs = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-        return [MatrixLayer(name, name, d_out, inputs * math.prod(shape[2:]), transposed=bool(transposed))]
+        return [MatrixLayer(label, name, d_out, inputs * math.prod(shape[2:]), transposed=bool(transposed))]
     if parameter.dim() == 2:
-        return [MatrixLayer(name, name, shape[0], shape[1])]
+        return [MatrixLayer(label, name, shape[0], shape[1])]
     sides = [side for side in shape if side != 1]
     if len(sides) < 2:
         return []  # a class token, a scale: a vector in more dimensions
     if len(sides) == 2:
-        return [MatrixLayer(name, name, sides[0], sides[1])]  # such as position embeddings (1, time, width)
+        return [MatrixLayer(label, name, sides[0], sides[1])]  # such as position embeddings (1, time, width)
     stack = math.prod(shape[:-2])
-    return [MatrixLayer(f"{name}[{e}]", name, shape[-2], shape[-1], index=e, stack=shape[:-2]) for e in range(stack)]
+    return [MatrixLayer(f"{label}[{e}]", name, shape[-2], shape[-1], index=e, stack=shape[:-2]) for e in range(stack)]
 
 
 class ParameterNames:

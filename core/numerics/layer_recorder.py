@@ -29,6 +29,7 @@ from redline.numerics.layer_radii import (
     attention_step_size,
     thinned,
 )
+from redline.numerics.names import plain_name
 from redline.numerics.sharded import class_name
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
@@ -97,7 +98,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.steps = LayerSteps()
         self._stretch = stretch
-        self._names = {module: name or class_name(model) for name, module in model.named_modules()}
+        self._names = {module: plain_name(name) or class_name(model) for name, module in model.named_modules()}
         self._within = [class_name(model)]
         self._calls: dict[tuple[str, str], int] = {}
 

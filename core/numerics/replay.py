@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 _DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
@@ -86,6 +87,7 @@ def replaying(model: nn.Module, *, plain_kernels: bool = False) -> Iterator[None
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_without_onednn())
         stack.enter_context(_NoDropout())
+        stack.enter_context(_without_reentrant_checkpoints())
         stack.enter_context(_attributes_kept(model))
         torch.backends.mha.set_fastpath_enabled(False)
         try:
@@ -148,6 +150,27 @@ def _without_onednn() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             flags.__exit__(None, None, None)
+
+
+@contextmanager
+def _without_reentrant_checkpoints() -> Iterator[None]:
+    """Call what is checkpointed directly: torch's function around it has no forward-mode rule, and drops tangents.
+
+    Without gradients there is nothing to save, and nothing for it to warn of. For another thread that trains meanwhile
+    it would cost memory, not correctness.
+    """
+    if "apply" in vars(CheckpointFunction):  # another thread replays
+        yield
+        return
+    CheckpointFunction.apply = staticmethod(_call)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply
+
+
+def _call(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+    return function(*args)
 
 
 def cloned_buffers(model: nn.Module) -> dict[str, Tensor]:

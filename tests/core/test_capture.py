@@ -261,6 +261,29 @@ def test_wrappers_come_off(wrap: Callable[[nn.Module], nn.Module]) -> None:
     assert unwrapped(wrap(model)) is model
 
 
+class Adapter(nn.Module):
+    """A part of the model around another, of which it hands on the attributes, as adapters for fine-tuning do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.inner(x)
+
+
+def test_adapter_around_a_compiled_model_does_not_come_off() -> None:
+    model = Adapter(torch.compile(Pair(), backend="eager"))
+    assert unwrapped(model) is model
+
+
 @pytest.mark.parametrize("attached", ["model", "wrapper"])
 @pytest.mark.parametrize(
     "wrap",
