@@ -26,6 +26,7 @@ from redline.loss_kind import refuse_other_losses
 from redline.margins import StepMargins
 from redline.monitor import Monitor, Need
 from redline.notes import Notes
+from redline.numerics.names import plain_name
 from redline.optimizers import (
     gradient_norm,
     is_stepped_by_scaler,
@@ -36,7 +37,7 @@ from redline.optimizers import (
 )
 from redline.overhead_budget import OverheadBudget, checked_share
 from redline.own_time import Account, OwnTime
-from redline.parameters import ParameterNames, matrix_layers
+from redline.parameters import ParameterNames, matrix_layers, named_parameters
 from redline.readings import Readings, RunInfo, Snapshot
 from redline.report import KeptSnapshot, StabilityReport
 from redline.sink import Sink
@@ -351,13 +352,11 @@ class Session:
             self._index,
             groups,
             self._layers,
-            lambda: dict(self._model.named_parameters()),
+            lambda: named_parameters(self._model),
             self._transaction,
             self._read,
             self._take_tangent,
-            lambda tolerance: self._weight_spectra.measure(
-                self._layers, dict(self._model.named_parameters()), tolerance
-            ),
+            lambda tolerance: self._weight_spectra.measure(self._layers, named_parameters(self._model), tolerance),
         )
         self._gradient_norms = {}
         return self._step
@@ -453,7 +452,7 @@ class Session:
             for name, parameter in self._names.held_by(optimizer).items()
             if parameter.requires_grad or parameter in optimizer.state  # frozen for now, as Lightning toggles them
         }
-        return {**moved, **dict(self._model.named_buffers())}
+        return {**moved, **{plain_name(name): buffer for name, buffer in self._model.named_buffers()}}
 
     def _take_tangent(self, update: Mapping[str, Tensor], max_samples: int | None, remember: int) -> Any:
         taken = self._probe.measure(
