@@ -28,7 +28,7 @@ class MatrixLayer:
     Attributes:
         name: the label ``layer``: the parameter's qualified name without what wrappers put into it, ``name[e]`` for
             matrix ``e`` of a stack.
-        parameter: the parameter's qualified name.
+        parameter: that name alone.
         d_out: rows.
         d_in: columns; all the input channels and taps of a convolution.
         index: place in the stack, or None.
@@ -99,6 +99,11 @@ def _as_one_of(number: float | Tensor, like: Tensor) -> Tensor:
     return moved_to(torch.as_tensor(number, dtype=like.dtype), like)
 
 
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by their names in the model as it was before it was wrapped, which may happen at any time."""
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+
+
 def matrix_layers(model: nn.Module, notes: Notes) -> list[MatrixLayer]:
     """All matrices of the model, tied parameters once, in the order of ``named_parameters``.
 
@@ -113,7 +118,7 @@ def matrix_layers(model: nn.Module, notes: Notes) -> list[MatrixLayer]:
         if tuple(parameter.shape) == _kernel_shape(module)
     }
     layers: list[MatrixLayer] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model).items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ConfigurationError(
                 f"got the lazy parameter {name!r}, not initialized yet; expected one with a shape: run one forward "
@@ -136,21 +141,21 @@ def _kernel_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def _layers_of(name: str, parameter: Tensor, transposed: bool | None) -> list[MatrixLayer]:
-    shape, label = tuple(parameter.shape), plain_name(name)
+    shape = tuple(parameter.shape)
     if parameter.dim() < 2 or parameter.numel() == 0:
         return []
     if transposed is not None:
         d_out, inputs = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-        return [MatrixLayer(label, name, d_out, inputs * math.prod(shape[2:]), transposed=bool(transposed))]
+        return [MatrixLayer(name, name, d_out, inputs * math.prod(shape[2:]), transposed=bool(transposed))]
     if parameter.dim() == 2:
-        return [MatrixLayer(label, name, shape[0], shape[1])]
+        return [MatrixLayer(name, name, shape[0], shape[1])]
     sides = [side for side in shape if side != 1]
     if len(sides) < 2:
         return []  # a class token, a scale: a vector in more dimensions
     if len(sides) == 2:
-        return [MatrixLayer(label, name, sides[0], sides[1])]  # such as position embeddings (1, time, width)
+        return [MatrixLayer(name, name, sides[0], sides[1])]  # such as position embeddings (1, time, width)
     stack = math.prod(shape[:-2])
-    return [MatrixLayer(f"{label}[{e}]", name, shape[-2], shape[-1], index=e, stack=shape[:-2]) for e in range(stack)]
+    return [MatrixLayer(f"{name}[{e}]", name, shape[-2], shape[-1], index=e, stack=shape[:-2]) for e in range(stack)]
 
 
 class ParameterNames:
@@ -190,4 +195,4 @@ class ParameterNames:
         return found
 
     def _refresh(self) -> None:
-        self._names.update({id(parameter): name for name, parameter in self._model.named_parameters()})
+        self._names.update({id(parameter): name for name, parameter in named_parameters(self._model).items()})

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from redline import metrics
 from redline.errors import ConfigurationError
 from redline.notes import Notes
+from redline.numerics.names import plain_name
 from redline.optimizers import numbered
-from redline.parameters import matrix_layers
+from redline.parameters import matrix_layers, named_parameters
 from redline.readings import Snapshot
 from redline.session import Session
 
@@ -68,14 +69,14 @@ def classify(
     """
     if not 1 <= width < math.inf:
         raise ConfigurationError(f"got width={width}; expected the model's width, at least 1.")
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in named_parameters(model).items() if p.requires_grad}
     if sharded := [name for name, parameter in parameters.items() if hasattr(parameter, "placements")]:
         raise ConfigurationError(
             f"got {sharded[0]!r} sharded (DTensor); expected whole parameters: make the groups before sharding."
         )
     first = {id(parameter): name for name, parameter in parameters.items()}
     names = {  # a tied parameter by each of its names
-        name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in first
+        plain_name(name): first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in first
     }
     claimed: dict[str, Kind] = {}
     for kind, patterns in (("matrix-like", matrix_like), ("vector-like", vector_like)):
@@ -161,7 +162,7 @@ def transfer(
         raise ConfigurationError(f"got base_width={base_width}; expected the width it was tuned at, at least 1.")
     decided = classify(model, width, matrix_like=matrix_like, vector_like=vector_like)
     _refuse_rates({"lr": lr, "weight_decay": weight_decay}, base_width)
-    parameters = dict(model.named_parameters())
+    parameters = named_parameters(model)
     kinds: dict[int, Kind] = {id(parameters[name]): one.kind for name, one in decided.items()}
     scale = width / base_width
     made: list[dict[str, Any]] = []

@@ -26,6 +26,7 @@ from redline.loss_kind import refuse_other_losses
 from redline.margins import StepMargins
 from redline.monitor import Monitor, Need
 from redline.notes import Notes
+from redline.numerics.names import plain_name
 from redline.optimizers import (
     gradient_norm,
     is_stepped_by_scaler,
@@ -37,7 +38,7 @@ from redline.optimizers import (
 )
 from redline.overhead_budget import OverheadBudget, checked_share
 from redline.own_time import Account, OwnTime
-from redline.parameters import ParameterNames, matrix_layers
+from redline.parameters import ParameterNames, matrix_layers, named_parameters
 from redline.ranks import Ranks
 from redline.readings import Readings, RunInfo, Snapshot
 from redline.report import KeptSnapshot, StabilityReport
@@ -472,22 +473,24 @@ class Session:
             for name, parameter in self._names.held_by(optimizer).items()
             if parameter.requires_grad or parameter in optimizer.state  # frozen for now, as Lightning toggles them
         }
-        live = {**moved, **dict(self._model.named_buffers())}
+        live = {**moved, **{plain_name(name): one for name, one in self._model.named_buffers()}}
         return {name: local_part(one) if is_sharded(one) else one for name, one in live.items()}
 
     def _named_parameters(self) -> dict[str, Tensor]:
         """All parameters, those that only the optimizers hold among them."""
         held = [self._names.held_by(optimizer) for optimizer in self._optimizers]
-        return {**dict(self._model.named_parameters()), **{name: one for some in held for name, one in some.items()}}
+        return {**named_parameters(self._model), **{name: one for some in held for name, one in some.items()}}
 
     def _weights(self) -> dict[str, Tensor]:
         """The model's parameters as they stand; of a DTensor the part on this rank."""
-        return {name: local_part(parameter) for name, parameter in self._model.named_parameters()}
+        return {name: local_part(parameter) for name, parameter in named_parameters(self._model).items()}
 
     def _gradients(self) -> dict[str, Tensor | None]:
         """Likewise."""
-        named = self._model.named_parameters()
-        return {name: None if one.grad is None else local_part(one.grad) for name, one in named}
+        return {
+            name: None if one.grad is None else local_part(one.grad)
+            for name, one in named_parameters(self._model).items()
+        }
 
     def _refuse_different_ranks(self, parameters: Mapping[str, Tensor]) -> None:
         device = local_part(next(iter(parameters.values()))).device

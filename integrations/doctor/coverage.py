@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from redline.errors import RedlineWarning
 from redline.notes import Notes
-from redline.parameters import MatrixLayer, matrix_layers
+from redline.parameters import MatrixLayer, matrix_layers, named_parameters
 from redline.tangent_probe import couples_samples
 
 _MOST_NAMED = 4
@@ -53,14 +53,14 @@ def cover(model: nn.Module) -> Coverage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RedlineWarning)  # they are told here
         matrices = matrix_layers(model, notes)
-    measured = {layer.parameter for layer in matrices}
+    measured, parameters = {layer.parameter for layer in matrices}, named_parameters(model)
     gaps = list(notes)
     if not matrices:
         gaps.append("No weight matrix was found: spectra of weights and updates are not measured.")
-    refused = [name for name, _ in model.named_parameters() if any(note.startswith(f"{name} ") for note in notes)]
+    refused = [name for name in parameters if any(note.startswith(f"{name} ") for note in notes)]
     others = tuple(
         (name, parameter.numel())
-        for name, parameter in model.named_parameters()
+        for name, parameter in parameters.items()
         if name not in measured and name not in refused
     )
     return Coverage(tuple(matrices), others, tuple(_remarks(model)), tuple(gaps))

@@ -82,6 +82,7 @@ BEFORE, AFTER, WARM = {"when": "ahead"}, {"when": "afterwards"}, {"when": "ahead
         (in_place, BEFORE),
         (in_place, WARM),
         (blocks_wrapped, BEFORE),
+        (blocks_wrapped, AFTER),
         (blocks_wrapped, WARM),
         (blocks_in_place, AFTER),
         (blocks_in_place, WARM),
