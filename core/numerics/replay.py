@@ -23,6 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
+from redline.numerics.sharded import device_of
+
 _DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
     torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout, torch.native_dropout,
@@ -73,7 +75,7 @@ def replaying(model: nn.Module, *, plain_kernels: bool = False) -> Iterator[None
         plain_kernels: also run attention by its math backend and recurrent layers without oneDNN, the kernels that
             forward-mode AD can follow.
     """
-    devices = {tensor.device for tensor in model.parameters() if tensor.device.type not in ("cpu", "meta")}
+    devices = {device for device in map(device_of, model.parameters()) if device.type not in ("cpu", "meta")}
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 the run's own stream, kept
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:

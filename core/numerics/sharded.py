@@ -97,6 +97,14 @@ def device_type(tensor: Tensor) -> str:
     return tensor.device.type if mesh is None else str(mesh.device_type)
 
 
+def device_of(tensor: Tensor) -> torch.device:
+    """The device that computes with it."""
+    kind = device_type(tensor)
+    if tensor.device.type == kind:
+        return tensor.device
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     """The modules of a model that ``fully_shard`` was applied to."""
     return [cast("FSDPModule", module) for module in model.modules() if hasattr(module, "_get_fsdp_state")]

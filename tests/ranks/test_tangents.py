@@ -80,6 +80,13 @@ def test_no_more_is_whole_at_a_time_than_the_models_own_and_one_block(method: st
         assert after == 0
 
 
+@pytest.mark.parametrize(("method", "passes"), [("forward_mode", 1), ("finite_difference", 2)])
+def test_a_pass_takes_one_message_a_unit_and_twice_the_parameters_bytes(method: str, passes: int):
+    for sizes, of_parameters in on_ranks(rank_tangents.messages, 2, method):
+        assert len(sizes) == 4 * passes  # the model's own, and three blocks
+        assert sum(sizes) == pytest.approx(2 * of_parameters * passes, rel=0.05)  # uneven parts are filled up
+
+
 @pytest.mark.parametrize("how", ["by block", "at once", "tensor parallel"])
 def test_layers_go_by_the_names_and_figures_of_the_plain_model(how: str):
     for found, expected in on_ranks(rank_tangents.layers, 2, how):

@@ -249,3 +249,22 @@ def stretches(rank: int, how: str) -> tuple[float, float]:
     """How far the direction is stretched, and how far that of the plain model is."""
     own, plain = ([moving(parameters(make(how, seed))) for seed in (POINT, ALONG)] for make in (laid, built))
     return float(_stretch(own[0], own[1], total_of_run)), float(_stretch(plain[0], plain[1], None))
+
+
+def messages(rank: int, method: str) -> tuple[list[int], int]:
+    """Bytes that each all-gather of a tangent brings together, and bytes of all parameters."""
+    model, sizes, gather = laid("by block", OWN), [], gathered._all_gather
+
+    def counted() -> Any:
+        def run(received: Tensor, sent: Tensor, **options: Any) -> None:
+            sizes.append(received.nbytes)
+            gather()(received, sent, **options)
+
+        return run
+
+    gathered._all_gather = counted
+    try:
+        sharded(model, "by block", rank, method=method)
+    finally:
+        gathered._all_gather = gather
+    return sizes, sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

@@ -46,7 +46,7 @@ class Language(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, time) -> (n, time, vocabulary)."""
-        h = F.dropout(self.embedding(x) + self.codes.sum(0), 0.3, self.training)
+        h = F.dropout(torch.tanh(self.embedding(x) + self.codes.sum(0)), 0.3, self.training)
         for block in self.blocks:
             h = block(h)
         return self.readout(h) * self.temperature
