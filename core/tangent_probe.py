@@ -203,9 +203,8 @@ class TangentProbe:
         tangent, error = self._try(call, point, direction, samples, batch, remember, layers)
         # What they do next they do together. Not remembered: what fails for one who asks must not change what others
         # measure.
-        if self._ranks.any(error is not None) and not self._ranks.any(
-            error is not None and (whole or _is_final(error))
-        ):
+        failed = self._ranks.any(error is not None)
+        if failed and not self._ranks.any(error is not None and (whole or _is_final(error))):
             if error is not None:
                 self._notes.add(
                     f"The ghost radius is measured on the whole batch: a sub-sample of it failed with "
