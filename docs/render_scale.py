@@ -24,7 +24,7 @@ TENSORS = len(MATRICES) + VECTORS
 
 def tick(*, sharded: bool) -> list[tuple[str, list[Message]]]:
     """What the default monitors send, by when."""
-    spectrum = spectra(MATRICES, ROUNDS, sharded=sharded, watched=False)
+    spectrum = spectra(MATRICES, [ROUNDS] * len(MATRICES), sharded=sharded, watched=False)
     return [
         ("each step", every_step(sharded=sharded)),
         ("each 50th: `GhostRadius`", [
@@ -32,7 +32,7 @@ def tick(*, sharded: bool) -> list[tuple[str, list[Message]]]:
             *tangent(PARAMETERS, TENSORS, LAYERS + 1, RANKS, sharded=sharded),
         ]),
         ("each 50th: `UpdateSpectrum`", spectrum),
-        ("each 50th: `WeightSpectrum`", [*spectrum, *(frobenius_norms(len(MATRICES)) if sharded else [])]),
+        ("each 50th: `WeightSpectrum`", [*spectrum, *frobenius_norms(len(MATRICES))]),
     ]  # fmt: skip
 
 

@@ -49,30 +49,30 @@ def update_norms(tensors: int) -> list[Message]:
     return [Message("update norms", "all-reduce", 1, 8 * tensors)]
 
 
-def spectra(matrices: Sequence[tuple[int, int]], rounds: int, *, sharded: bool, watched: bool) -> list[Message]:
+def spectra(
+    matrices: Sequence[tuple[int, int]], rounds: Sequence[int], *, sharded: bool, watched: bool
+) -> list[Message]:
     """``sigma_1`` of matrices ``(d_out, d_in)``, of weights or of updates; their rows are shared out where sharded.
 
     Args:
         matrices: all of them.
-        rounds: of the iteration, two products each, of the one that takes most.
+        rounds: of each one's iteration, two products each.
         sharded: whether they lie in parts; otherwise each is measured by one rank.
         watched: whether convergence is asked for, as on the CPU; on accelerators the rounds are fixed.
     """
     if not sharded:
         return [Message("spectra", "all-reduce", 1, 3 * 8 * len(matrices))]
-    asked = max(1, rounds - 1) if watched else 1
     numbers = 0.0
-    for _, columns in matrices:
-        if columns <= SMALL:
-            numbers += columns * (columns + 1) / 2
-        else:
-            numbers += rounds * BLOCK * columns
-        numbers += 4 * asked
-    return [Message("spectra", "all-reduce", max(2, 2 * rounds - 1 if watched else rounds + 1), 4 * numbers)]
+    for (_, columns), own in zip(matrices, rounds, strict=True):
+        once = columns <= SMALL
+        numbers += columns * (columns + 1) / 2 if once else min(own * BLOCK, columns) * columns
+        numbers += 4 * (max(1, own - 1) if watched and not once else 1)
+    most = max(rounds)
+    return [Message("spectra", "all-reduce", max(2, 2 * most - 1 if watched else most + 1), 4 * numbers)]
 
 
 def frobenius_norms(matrices: int) -> list[Message]:
-    """For stable ranks, where matrices lie in parts."""
+    """For stable ranks."""
     return [Message("Frobenius norms", "all-reduce", 1, 8 * matrices)]
 
 
@@ -82,7 +82,7 @@ def tangent(
     """One logit tangent, and what is read of it.
 
     Args:
-        parameters: elements of the model.
+        parameters: elements of the model, parts filled up to the largest rank's.
         tensors: parameters of the model.
         units: that are gathered one by one: modules that ``fully_shard`` was applied to.
         ranks: of the run.
@@ -91,7 +91,7 @@ def tangent(
         exact: whether the exact radius is found, too.
     """
     messages = [
-        Message("tangent: could all take it", "hosts", 1, 8),
+        Message("tangent: whether all can take it, and could", "hosts", 3, 3 * 8),
         Message("r", "all-gather", 1, 4),
         Message("samples", "all-reduce", 1, 2 * 8),
         Message("samples that bind", "all-gather", 1, TOLD * 3 * 8),
@@ -107,7 +107,7 @@ def tangent(
                 2 * itemsize * parameters / ranks,
             ),
             Message("tangent: sizes", "all-reduce", 1, 2 * 8 * tensors),
-            Message("tangent: whether to go on", "hosts", units + 2, 8 * (units + 2)),
+            Message("tangent: whether to go on", "hosts", units + 1, 8 * (units + 1)),
         ]
     return messages
 

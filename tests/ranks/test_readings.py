@@ -25,6 +25,6 @@ def test_every_reading_of_the_first_step_is_that_of_a_single_process(
         assert told.keys() >= alone.keys()
         for key, value in alone.items():
             if key[0] not in OF_THE_MACHINE:
-                # A residual is an error, relative already: of the size of rounding, where the iteration has ended.
-                bounds = {"abs": 1e-5} if key[0].endswith("_residual") else {"rel": 1e-4}
+                # A residual tells how far the iteration went, from vectors of its own: nothing of the model.
+                bounds = {"abs": 2e-3} if key[0].endswith("_residual") else {"rel": 1e-4}
                 assert told[key] == pytest.approx(value, **bounds), key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -28,16 +29,25 @@ def of_docs(name: str) -> ModuleType:
     return module
 
 
-def planned(which: str, size: int, rounds: int, *, sharded: bool) -> list[Any]:
+def planned(which: str, size: int, rounds: list[list[int]], *, sharded: bool) -> list[Any]:
     plan, net = of_docs("scale_plan"), model()
     matrices = [(layer.d_out, layer.d_in) for layer in matrix_layers(net, Notes())]
     shapes = [tuple(parameter.shape) for parameter in net.parameters()]
-    count = sum(parameter.numel() for parameter in net.parameters())
-    spectrum = plan.spectra(matrices, rounds, sharded=sharded, watched=True)
+    filled_up = [math.ceil(shape[0] / size) * size * math.prod(shape[1:]) for shape in shapes]
+    count = sum(filled_up)
+    dims = [dict(net.named_parameters())[layer.parameter].dim() for layer in matrix_layers(net, Notes())]
+    spectrum = []
+    for own in rounds:  # of weights, or of updates and of weights
+        # What has more than two dimensions is split along the first, so that each matrix of it is whole on some rank.
+        split = [place for place, dim in enumerate(dims) if sharded and dim == 2]
+        if split:
+            spectrum += plan.spectra([matrices[k] for k in split], [own[k] for k in split], sharded=True, watched=True)
+        if left := len(matrices) - len(split):
+            spectrum += plan.spectra(matrices[:left], own[:left], sharded=False, watched=True)
     return {
         "health": lambda: plan.every_step(sharded=sharded),
-        "weights": lambda: [*spectrum, *(plan.frobenius_norms(len(matrices)) if sharded else [])],
-        "updates": lambda: [*spectrum, *spectrum, *plan.update_norms(len(shapes))],
+        "weights": lambda: [*spectrum, *plan.frobenius_norms(len(matrices))],
+        "updates": lambda: [*spectrum, *plan.update_norms(len(shapes))],
         "radius": lambda: [
             *plan.update_norms(len(shapes)),
             *plan.tangent(count, len(shapes), len(net.blocks) + 1, size, sharded=sharded),

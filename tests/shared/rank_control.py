@@ -101,9 +101,9 @@ def budgeted(rank: int) -> list[int]:
     class Costly(redline.Monitor):
         def measure(self, step: Any, readings: Any) -> None:
             measured.append(step.index)
-            time.sleep(0.03 if rank == 1 else 0.0)
+            time.sleep(0.1 if rank == 1 else 0.0)
 
-    train("ddp", 30, monitors=[Costly(1), StepHealth()], overhead_budget=0.3)
+    train("ddp", 60, monitors=[Costly(1), StepHealth()], overhead_budget=0.5)
     return measured
 
 

@@ -48,16 +48,16 @@ def monitors(which: str) -> list[redline.Monitor]:
     return made[which]()
 
 
-def sent(rank: int, how: str, which: str, steps: int = 3) -> dict[str, int]:
-    """Messages and bytes of the last step, and the rounds that its spectral iteration made."""
+def sent(rank: int, how: str, which: str, steps: int = 3) -> dict[str, Any]:
+    """Messages and bytes of the last step, and the rounds of each matrix in each of its spectral measurements."""
     net = wrapped(model(), how)
     optimizer = optimizer_of(net)
-    passes: list[int] = []
+    rounds: list[list[int]] = []
     measure = SpectrumTracker.measure
 
     def seen(self: SpectrumTracker, *args: Any) -> Any:
         estimate = measure(self, *args)
-        passes.append(int(estimate.passes.max()))
+        rounds.append([passes // 2 for passes in estimate.passes.tolist()])
         return estimate
 
     SpectrumTracker.measure = seen  # type: ignore[method-assign]
@@ -66,7 +66,7 @@ def sent(rank: int, how: str, which: str, steps: int = 3) -> dict[str, int]:
             loss = F.cross_entropy(net(tokens).flatten(0, 1), targets.flatten())
             session.observe(loss=loss)
             loss.backward()
-            passes.clear()
+            rounds.clear()
             with Traffic() as traffic:
                 optimizer.step()
             optimizer.zero_grad()
@@ -74,5 +74,5 @@ def sent(rank: int, how: str, which: str, steps: int = 3) -> dict[str, int]:
     return {
         "messages": sum(traffic.messages.values()),
         "bytes": sum(traffic.bytes.values()),
-        "rounds": max(passes, default=0) // 2,
+        "rounds": list(rounds),
     }
