@@ -62,6 +62,33 @@ def attach(
     Raises:
         ConfigurationError: the arguments cannot work together; says what was got, what was expected and what to do.
     """
+    return attach_as(
+        model,
+        optimizer,
+        monitors=monitors,
+        controllers=controllers,
+        sinks=sinks,
+        schedulers=schedulers,
+        logits=logits,
+        batch_dim=batch_dim,
+        module=module,
+        run=run,
+        overhead_budget=overhead_budget,
+    )
+
+
+def attach_as(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    *,
+    monitors: Sequence[Monitor] | None,
+    batch_dim: int,
+    run: str | None,
+    precision: str | None = None,
+    strategy: str = "single",
+    **arguments: Any,
+) -> Session:
+    """``attach``, for a trainer that knows more of the run; the other arguments are the session's own."""
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"got a {type(model).__name__} as model; expected a torch.nn.Module.")
     if batch_dim < 0:
@@ -70,14 +97,9 @@ def attach(
         model,
         raw_optimizers(optimizer),
         monitors=default_monitors() if monitors is None else monitors,
-        controllers=controllers,
-        sinks=sinks,
-        schedulers=schedulers,
-        logits=logits,
         batch_dim=batch_dim,
-        module=module,
-        run=describe_run(model, run),
-        overhead_budget=overhead_budget,
+        run=describe_run(model, run, precision=precision, strategy=strategy),
+        **arguments,
     )
 
 
