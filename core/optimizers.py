@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_map
 
 from redline.errors import ConfigurationError
 
-# Wrappers whose inner optimizer is where steps really happen. Lightning and Fabric give a wrapper a class of its own that
-# derives from these.
+# Wrappers whose inner optimizer is where steps really happen. Lightning and Fabric derive a class from these for each.
 _WRAPPERS = {"LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer"}
 
 # What stands where an optimizer would, while an engine steps by itself.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -114,7 +114,8 @@ class TangentProbe:
             logits: gives logits of its output; None for the output itself.
             batch_dim: of its tensors.
             notes: takes what could not be measured.
-            around_replay: what has to be open around each further call of the model.
+            around_replay: what has to be open around each further call of the model; it may yield the autocast dtype
+                that the model's forward was in, where that cannot be seen from outside.
             decided_by: the sub-samples that decisions go by, as ``max_samples`` and ``remember``.
         """
         self._capture, self._logits, self._batch_dim, self._notes = capture, logits, batch_dim, notes
@@ -166,7 +167,8 @@ class TangentProbe:
         direction = {inner: update[name] for inner, name in local.items()}
         batch = _batch_size(call, self._batch_dim)
         whole = max_samples is None or batch <= max_samples or couples_samples(call.module)
-        with hooks_silenced(), self._around_replay():
+        with hooks_silenced(), self._around_replay() as autocast:
+            call = call if autocast is None else replace(call, autocast=autocast)
             try:
                 samples = batch if whole or max_samples is None else max_samples
                 joined = 0

@@ -1,4 +1,4 @@
-"""Redline in a loop that accelerate drives: handwritten digits, two micro-batches a step, the last one held in by a clamp.
+"""Redline in a loop that accelerate drives: handwritten digits, two micro-batches a step, each step held in by a clamp.
 
 python examples/accelerate_digits.py              # 150 steps, a few seconds
 python examples/accelerate_digits.py --steps 20   # a quick look

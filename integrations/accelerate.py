@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -19,6 +20,8 @@ from redline.integrations.trainer_logs import TrainerLogs
 from redline.monitor import Monitor
 from redline.session import Session
 from redline.sink import Sink
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def attach(
@@ -80,7 +83,7 @@ def attach(
         precision=precision_label(accelerator.mixed_precision),
         strategy=strategy_label(accelerator.distributed_type),
         overhead_budget=overhead_budget,
-        around_replay=partial(own_forward, model),
+        around_replay=partial(own_forward, model, accelerator.mixed_precision),
     )
 
 
@@ -95,18 +98,25 @@ def strategy_label(distributed_type: DistributedType) -> str:
 
 
 @contextmanager
-def own_forward(model: nn.Module) -> Iterator[None]:
+def own_forward(model: nn.Module, mixed_precision: str | None) -> Iterator[torch.dtype | None]:
     """While it is open the model's forward is its own, without the autocast that accelerate puts into it.
 
     In there autocast could not be switched off, and a finite difference in half precision measures rounding.
+
+    Args:
+        model: prepared by accelerate.
+        mixed_precision: accelerate's name for it.
+
+    Yields:
+        The dtype of the autocast that was taken out, or None if there was none.
     """
     attributes = vars(unwrapped(model))
     patched = attributes.get("forward")
     if "_original_forward" not in attributes or patched is None:
-        yield
+        yield None
         return
     attributes["forward"] = attributes["_original_forward"]
     try:
-        yield
+        yield _AUTOCAST.get(mixed_precision or "no")
     finally:
         attributes["forward"] = patched

@@ -104,15 +104,16 @@ class RedlineTrainerCallback(TrainerCallback):
         if logits is None and self._arguments["module"] is None:
             logits = LabelledLogits(model)
             self._handles.append(logits.handle)
+        mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else None
         session = self.session = attach_as(
             model,
             optimizer,
             schedulers=[lr_scheduler],
             logits=logits,
             run=self._run or args.run_name,
-            precision=precision_label("bf16" if args.bf16 else "fp16" if args.fp16 else None),
+            precision=precision_label(mixed),
             strategy=strategy_label(args.distributed_state.distributed_type),
-            around_replay=partial(own_forward, model),
+            around_replay=partial(own_forward, model, mixed),
             **self._arguments,
         )
         ranks = args.world_size if args.average_tokens_across_devices else 1

@@ -209,7 +209,14 @@ print(json.dumps({
 }))
 """
     found = json.loads(in_fresh_python(code, tmp_path))
-    trainers = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "transformers", "accelerate"}
+    trainers = {
+        "lightning",
+        "pytorch_lightning",
+        "lightning_fabric",
+        "lightning_utilities",
+        "transformers",
+        "accelerate",
+    }
     trainers.add("sklearn")
     assert trainers & set(found.pop("loaded")) == set()
     assert found == {

@@ -14,10 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from trainer_runs import (
+    CLASSES,
+    Counting,
+    Delicate,
+    Keep,
+    R,
+    batches,
+    every_step,
+    in_bits,
+    parameters_of,
+    plain_net,
+    reference_r,
+    seed,
+)
 
 import redline
+from redline.numerics import logit_tangent
 from redline.optimizers import raw_optimizers
-from trainer_runs import CLASSES, Delicate, Keep, R, batches, every_step, in_bits, parameters_of, plain_net, reference_r, seed
 
 pytest.importorskip("accelerate")
 from accelerate import Accelerator
@@ -38,6 +52,9 @@ def fresh_state() -> Iterator[None]:
     GradientState._reset_state()
 
 
+ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+
+
 class Loop:
     """A loop that accelerate drives: gradients clipped, a scheduler, micro-batches if told so."""
 
@@ -45,7 +62,7 @@ class Loop:
         self,
         net: Callable[[], nn.Module] = plain_net,
         precision: str = "no",
-        optimizer: Callable[..., Optimizer] = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+        optimizer: Callable[..., Optimizer] = ADAMW,
         accumulate: int = 1,
         **arguments: Any,
     ) -> None:
@@ -162,17 +179,40 @@ def test_the_models_own_forward_is_put_back() -> None:
     loop = Loop(precision="bf16")
     (x, _) = batches(1)[0]
     patched = vars(loop.model)["forward"]
-    for _ in range(2):
-        with pytest.raises(ValueError, match="stop"), own_forward(loop.model):
-            with torch.autocast("cpu", enabled=False):
-                assert torch.equal(loop.model(x), plain_net()(x))
+    with own_forward(loop.model, "bf16") as taken:
+        assert taken is torch.bfloat16
+        assert torch.equal(loop.model(x), plain_net()(x))
+    assert vars(loop.model)["forward"] is patched
+
+    def fails() -> None:
+        with own_forward(loop.model, "bf16"):
             raise ValueError("stop")
-        assert vars(loop.model)["forward"] is patched
+
+    with pytest.raises(ValueError, match="stop"):
+        fails()
+    assert vars(loop.model)["forward"] is patched
     assert not torch.equal(loop.model(x), plain_net()(x))
     bare = plain_net()
-    with own_forward(bare):
+    with own_forward(bare, "bf16") as taken:
+        assert taken is None
         assert "forward" not in vars(bare)
     assert "forward" not in vars(bare)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_tangent_knows_of_the_autocast_that_the_run_is_in(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it saves much, on an accelerator, the tangent is taken in it."""
+    seen = []
+
+    def looked_at(*args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return logit_tangent(*args, **kwargs)
+
+    monkeypatch.setattr("redline.tangent_probe.logit_tangent", looked_at)
+    loop = Loop(precision=precision)
+    with loop.attach(monitors=[redline.GhostRadius(every=1)]):
+        loop.run(2)
+    assert set(seen) == {torch.bfloat16 if precision == "bf16" else None}
 
 
 @pytest.mark.parametrize(("precision", "label"), [("no", "float32"), ("bf16", "bf16-mixed")])
@@ -230,23 +270,6 @@ def test_nothing_is_logged_where_nobody_asks() -> None:
 # State ---------------------------------------------------------------------------------------------------------------
 
 
-class Counting(redline.Controller):
-    """Scales more the more it has seen."""
-
-    def __init__(self) -> None:
-        self.seen = 0
-
-    def inspect(self, step: Any) -> Any:
-        self.seen += 1
-        return [redline.Scale(1 / self.seen, "as told")]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seen": self.seen}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.seen = state["seen"]
-
-
 def test_the_session_goes_with_accelerates_checkpoints(tmp_path: Path) -> None:
     first = Loop()
     session = first.attach(controllers=[Counting()])
@@ -288,6 +311,6 @@ def test_deepspeed_is_refused_by_name(engine: Any) -> None:
     net = plain_net()
     optimizer = engine.__new__(engine)  # DeepSpeed itself is not here
     optimizer.optimizer = SimpleNamespace()
-    with pytest.raises(redline.ConfigurationError, match="DeepSpeed trains; expected .* from within its own engine"):
+    with pytest.raises(redline.ConfigurationError, match=r"DeepSpeed trains; expected .* from within its own engine"):
         attach(Accelerator(cpu=True), net, optimizer)
     assert raw_optimizers(Loop().optimizer)[0].__class__ is torch.optim.AdamW

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
-import redline
 from trainer_runs import (
     CLASSES,
     FEATURES,
+    Counting,
     Delicate,
     Keep,
     R,
@@ -31,6 +30,8 @@ from trainer_runs import (
     seed,
 )
 
+import redline
+
 pytest.importorskip("lightning")
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricModule
@@ -38,6 +39,9 @@ from lightning.fabric.wrappers import _FabricModule
 from redline.integrations.fabric import RedlineFabricCallback, attach
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
 
 
 class Loop:
@@ -48,7 +52,7 @@ class Loop:
         net: Callable[[], nn.Module] = plain_net,
         precision: Any = "32-true",
         loggers: Any = (),
-        optimizer: Callable[..., Optimizer] = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+        optimizer: Callable[..., Optimizer] = ADAMW,
         accumulate: int = 1,
     ) -> None:
         seed()
@@ -199,23 +203,6 @@ def test_nothing_is_logged_where_nobody_asks() -> None:
 # State ---------------------------------------------------------------------------------------------------------------
 
 
-class Counting(redline.Controller):
-    """Scales more the more it has seen."""
-
-    def __init__(self) -> None:
-        self.seen = 0
-
-    def inspect(self, step: Any) -> Any:
-        self.seen += 1
-        return [redline.Scale(1 / self.seen, "as told")]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seen": self.seen}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.seen = state["seen"]
-
-
 @pytest.mark.parametrize("by_callback", [False, True])
 def test_the_session_goes_with_fabrics_checkpoints(by_callback: bool, tmp_path: Path) -> None:
     def started(loop: Loop) -> tuple[Any, redline.Session]:
@@ -318,7 +305,7 @@ def test_deepspeed_is_refused_by_name() -> None:
 
     net = nn.Linear(FEATURES, CLASSES)
     fabric = SimpleNamespace(strategy=DeepSpeedStrategy(), loggers=[])
-    with pytest.raises(redline.ConfigurationError, match="DeepSpeed trains; expected .* from within its own engine"):
+    with pytest.raises(redline.ConfigurationError, match=r"DeepSpeed trains; expected .* from within its own engine"):
         attach(fabric, net, torch.optim.SGD(net.parameters(), 0.1))  # type: ignore[arg-type]
     with pytest.raises(redline.ConfigurationError, match="got a str as model"):
         attach(Fabric(accelerator="cpu"), "net", torch.optim.SGD(net.parameters(), 0.1))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: a training that is watched goes as one that is not, and is measured where its steps happen."""
+"""Hugging Face's Trainer: a watched training goes as one that is not, and is measured where its steps happen."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from trainer_runs import Counting, Keep, R, every_step, in_bits, parameters_of, reference_r, seed
 
 import redline
-from trainer_runs import Keep, R, every_step, in_bits, parameters_of, reference_r, seed
 
 pytest.importorskip("transformers")
 from accelerate.state import AcceleratorState, GradientState
@@ -185,9 +185,7 @@ def positions(labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_r_is_that_of_the_applied_step_at_the_positions_that_count(
-    accumulate: int, bf16: bool, tmp_path: Path
-) -> None:
+def test_r_is_that_of_the_applied_step_at_the_positions_that_count(accumulate: int, bf16: bool, tmp_path: Path) -> None:
     keep = Keep()
     callback = RedlineTrainerCallback([redline.GhostRadius(every=1, max_samples=None)], sinks=[keep])
     training = Training(
@@ -201,9 +199,7 @@ def test_r_is_that_of_the_applied_step_at_the_positions_that_count(
         def logits(wide: nn.Module, batch: Any = batch) -> Tensor:
             return wide(input_ids=batch["input_ids"]).logits
 
-        expected.append(
-            reference_r(language_model(0.0), before, after, logits, counts=positions(batch["labels"]))
-        )
+        expected.append(reference_r(language_model(0.0), before, after, logits, counts=positions(batch["labels"])))
         everywhere.append(reference_r(language_model(0.0), before, after, logits))
     assert keep.values(R) == pytest.approx(expected, rel=1e-3)
     assert expected != pytest.approx(everywhere, rel=0.05), "what is left out makes no difference"
@@ -312,7 +308,9 @@ def test_a_compiled_model(tmp_path: Path) -> None:
     for arguments in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         keep = Keep()
         callback = RedlineTrainerCallback(
-            [redline.GhostRadius(1, max_samples=None), redline.StepHealth()], sinks=[keep], logits=lambda output: output[1]
+            [redline.GhostRadius(1, max_samples=None), redline.StepHealth()],
+            sinks=[keep],
+            logits=lambda output: output[1],
         )
         Training(tmp_path, callback, model=Embedded(), max_steps=3, **arguments).run()
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -361,23 +359,6 @@ def test_readings_of_the_step_go_into_the_trainers_logs(tmp_path: Path) -> None:
 
 
 # State ---------------------------------------------------------------------------------------------------------------
-
-
-class Counting(redline.Controller):
-    """Scales more the more it has seen."""
-
-    def __init__(self) -> None:
-        self.seen = 0
-
-    def inspect(self, step: Any) -> Any:
-        self.seen += 1
-        return [redline.Scale(1 / self.seen, "as told")]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seen": self.seen}
-
-    def load_state_dict(self, state: Any) -> None:
-        self.seen = state["seen"]
 
 
 def counting() -> RedlineTrainerCallback:

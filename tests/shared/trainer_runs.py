@@ -123,3 +123,20 @@ def every_step() -> list[redline.Monitor]:
         redline.GhostRadius(every=1, max_samples=None),
         redline.StepHealth(),
     ]
+
+
+class Counting(redline.Controller):
+    """Scales more the more it has seen."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def inspect(self, step: Any) -> Any:
+        self.seen += 1
+        return [redline.Scale(1 / self.seen, "as told")]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.seen = state["seen"]
