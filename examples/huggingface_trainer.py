@@ -33,7 +33,7 @@ class Windows(torch.utils.data.Dataset):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--lr", type=float, default=3e-3, help="try 0.1 to see the redline crossed (%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="try 0.1 to see the redline crossed (%(default)s)")
     options = parser.parse_args()
 
     set_seed(0)
