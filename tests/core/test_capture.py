@@ -281,7 +281,7 @@ def test_call_through_a_wrapper_is_captured(wrap: Callable[[nn.Module], nn.Modul
 
 
 class _FabricModule(nn.Module):
-    """As Fabric's wrapper does: it converts inputs and opens autocast on the way in, and takes attributes from within."""
+    """As Fabric's wrapper does: it converts inputs and opens autocast on the way in."""
 
     def __init__(self, forward_module: nn.Module) -> None:
         super().__init__()
