@@ -444,6 +444,28 @@ def test_a_copy_of_the_model_reports_to_nobody(tmp_path: Path) -> None:
     assert keep.values("redline_loss") == pytest.approx(training.losses, rel=1e-6)
 
 
+class Peeking(TrainerCallback):
+    """Calls the model between backward and the step, as nobody trains."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **of: Any) -> None:
+        words = torch.zeros(1, LENGTH, dtype=torch.long)
+        with torch.no_grad():
+            of["model"](input_ids=words, labels=words)
+        of["model"].eval()
+        of["model"](input_ids=words, labels=words)
+        of["model"].train()
+
+
+def test_calls_that_are_no_training_do_not_count(tmp_path: Path) -> None:
+    values = []
+    for peeking in ([], [Peeking()]):
+        keep = Keep()
+        callback = RedlineTrainerCallback([redline.GhostRadius(1), redline.StepHealth()], sinks=[keep])
+        Training(tmp_path, callback, *peeking, model=language_model(0.0), max_steps=3).run()
+        values.append(keep.values("redline_loss") + keep.values(R))
+    assert values[0] == values[1]
+
+
 # Controlling, and refusing -------------------------------------------------------------------------------------------
 
 
@@ -456,13 +478,13 @@ class Spike(TrainerCallback):
 
 
 def test_the_clamp_saves_a_training_with_a_spike(tmp_path: Path) -> None:
-    arguments: dict[str, Any] = {"max_steps": 40, "logging_steps": 1}
+    arguments: dict[str, Any] = {"max_steps": 30, "logging_steps": 1}
     alone = Training(tmp_path, Spike(), model=language_model(0.0), **arguments).run()
     callback = RedlineTrainerCallback([], controllers=[redline.StepClamp()])
     held = Training(tmp_path, Spike(), callback, model=language_model(0.0), **arguments).run()
     assert 10 in [one.step for one in session_of(callback).interventions]
     assert max(alone.losses[11:]) > 2 * max(held.losses[11:])
-    assert held.losses[-1] < 1.5 < math.log(WORDS) < alone.losses[11]
+    assert held.losses[-1] < 2.5 < math.log(WORDS) < alone.losses[11]
 
 
 def test_a_regression_is_refused_by_the_clamp(tmp_path: Path) -> None:
@@ -519,15 +541,29 @@ def test_whose_labels_are_shifted() -> None:
 
 
 def test_labels_that_come_shifted_are_taken_as_they_are(tmp_path: Path) -> None:
-    data = [{**row, "shift_labels": F.pad(row["labels"][1:], (0, 1), value=-100)} for row in sentences()]
-    values = []
-    for rows in (sentences(), data):
-        keep = Keep()
-        callback = RedlineTrainerCallback([redline.GhostRadius(1)], sinks=[keep])
-        Training(tmp_path, callback, data=rows, remove_unused_columns=False).run()
-        assert session_of(callback).notes == ()
-        values.append(keep.values(R))
-    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    """As of collators that pack sequences: the loss goes by these, whatever the others say."""
+    data = [
+        {
+            "input_ids": row["input_ids"],
+            "labels": row["input_ids"],
+            "shift_labels": F.pad(row["labels"][1:], (0, 1), value=-100),
+        }
+        for row in sentences()
+    ]
+    keep = Keep()
+    callback = RedlineTrainerCallback([redline.GhostRadius(1, max_samples=None)], sinks=[keep])
+    training = Training(tmp_path, callback, model=language_model(0.0), data=data, remove_unused_columns=False).run()
+    expected = [
+        reference_r(
+            language_model(0.0),
+            before,
+            after,
+            lambda wide, batch=batch: wide(input_ids=batch["input_ids"]).logits,
+            counts=batch["shift_labels"] != -100,
+        )
+        for (before, after), batch in zip(training.recorder.steps, training.batches, strict=False)
+    ]
+    assert keep.values(R) == pytest.approx(expected, rel=1e-3)
 
 
 def test_where_a_loss_is_found() -> None:
