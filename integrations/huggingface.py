@@ -150,7 +150,7 @@ class RedlineTrainerCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the session's state into the checkpoint that was just written."""
-        folder = _checkpoint(args.output_dir, state)
+        folder = _checkpoint(args, state)
         if self.session is None or args.save_only_model:
             return
         kept = {"global_step": state.global_step, "session": self.session.state_dict()}
@@ -166,7 +166,7 @@ class RedlineTrainerCallback(TrainerCallback):
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """Go on from the checkpoint. A callback is not told where it lies, but at which step it was taken."""
-        folders = [_checkpoint(args.output_dir, state)]
+        folders = [_checkpoint(args, state)]
         if isinstance(args.resume_from_checkpoint, str):
             folders.insert(0, Path(args.resume_from_checkpoint))
         for folder in folders:
@@ -191,5 +191,5 @@ class RedlineTrainerCallback(TrainerCallback):
             self.session.close()
 
 
-def _checkpoint(folder: str, state: TrainerState) -> Path:
-    return Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -107,7 +107,7 @@ def shifts_labels(model: nn.Module) -> bool:
     model = getattr(model, "get_base_model", lambda: model)()  # of an adapter of PEFT's
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False  # the decoder's inputs are shifted instead
-    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None))
+    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "")
     if loss is None:  # models that are not called ...ForCausalLM, GPT-2 among them
         return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return loss is ForCausalLMLoss
