@@ -209,15 +209,8 @@ print(json.dumps({
 }))
 """
     found = json.loads(in_fresh_python(code, tmp_path))
-    trainers = {
-        "lightning",
-        "pytorch_lightning",
-        "lightning_fabric",
-        "lightning_utilities",
-        "transformers",
-        "accelerate",
-    }
-    trainers.add("sklearn")
+    trainers = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "sklearn"}
+    trainers |= {"transformers", "accelerate"}
     assert trainers & set(found.pop("loaded")) == set()
     assert found == {
         "same random numbers": True,

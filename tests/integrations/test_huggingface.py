@@ -358,6 +358,16 @@ def test_readings_of_the_step_go_into_the_trainers_logs(tmp_path: Path) -> None:
     assert not any("/" in name for name in history[-1]), "layers would flood it"
 
 
+def test_a_reporting_callback_is_put_behind(tmp_path: Path) -> None:
+    later = Later()
+    training = Training(tmp_path, later, RedlineTrainerCallback(every_step()), max_steps=2)
+    training.run()
+    assert not any(R in entry for entry in later.logs), "it is handed the logs first"
+    training.trainer.add_callback(training.trainer.pop_callback(Later))
+    training.run()
+    assert R in later.logs[-2], "the last is the summary"
+
+
 # State ---------------------------------------------------------------------------------------------------------------
 
 
