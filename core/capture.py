@@ -68,6 +68,7 @@ class ForwardCapture:
         self._before_forward = before_forward
         self._calls: dict[str, CapturedCall] = {}
         self._handles: list[RemovableHandle] = []
+        model = _within_fabric(model)  # whose wrapper converts the inputs, and opens autocast, on the way in
         self._root = unwrapped(model)
         self._of_children: list[RemovableHandle] = []
         if module is not None:
@@ -136,8 +137,9 @@ class ForwardCapture:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module under DistributedDataParallel, DataParallel, ``torch.compile`` and checkpoint wrappers."""
+    """The user's own module, without the wrappers of data parallelism, Fabric, ``torch.compile`` and checkpointing."""
     while True:
+        model = _within_fabric(model)
         # Not by attribute: a part of the model may hand on the attributes of what it wraps.
         inner = next((model._modules[name] for name in _WRAPPED if model._modules.get(name) is not None), None)
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
@@ -146,6 +148,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def _within_fabric(model: nn.Module) -> nn.Module:
+    """What Fabric's wrapper calls; any other module is itself."""
+    inner = getattr(model, "_forward_module", None) if type(model).__name__ == "_FabricModule" else None
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def _has_forward(module: nn.Module) -> bool:
@@ -187,8 +195,9 @@ def _in_backward() -> bool:
 
 
 def _is_redirected(module: nn.Module) -> bool:
-    """Whether Lightning is leading ``training_step`` through the module's ``forward``, as its DDP strategy does."""
-    return "_ForwardRedirection" in getattr(vars(module).get("forward"), "__qualname__", "")
+    """Whether Lightning or Fabric is leading ``training_step`` through the module's ``forward``, as for DDP."""
+    name = getattr(vars(module).get("forward"), "__qualname__", "")
+    return "_ForwardRedirection" in name or "_redirection_through_forward" in name
 
 
 def _copied(value: Any) -> Any:

@@ -29,23 +29,47 @@ def hooks_silenced() -> Iterator[None]:
         _replaying.reset(token)
 
 
-class ForwardHook:
-    """Forward pre-hook that tells its owner of a call: ``on_call(module, args, kwargs)``."""
+class _Hook:
+    """Tells its owner of a module's calls; a copy of it tells nobody."""
 
-    def __init__(self, on_call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] | None = None) -> None:
-        self._on_call = on_call
+    def __init__(self, tell: Callable[..., None] | None = None) -> None:
+        self._tell = tell
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return type(self), ()
+
+
+class ForwardHook(_Hook):
+    """Forward pre-hook that tells its owner of a call: ``tell(module, args, kwargs)``."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is about to be called."""
-        if self._on_call is not None and not _replaying.get():
-            self._on_call(module, args, kwargs)
+        if self._tell is not None and not _replaying.get():
+            self._tell(module, args, kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
-        return ForwardHook()
 
-    def __reduce__(self) -> tuple[type[ForwardHook], tuple[()]]:
-        return ForwardHook, ()
+class OutputHook(_Hook):
+    """Forward hook that tells its owner what a call gave: ``tell(module, kwargs, output)``."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A module was called."""
+        if self._tell is not None and not _replaying.get():
+            self._tell(module, kwargs, output)
+
+
+class ReplayHook(_Hook):
+    """Forward pre-hook that tells its owner with what Redline itself calls the module: ``tell(kwargs)``."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Redline is about to call a module again."""
+        if self._tell is not None and _replaying.get():
+            self._tell(kwargs)
 
 
 class StepListener(Protocol):

@@ -7,7 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,15 @@ from redline.errors import ConfigurationError
 from redline.ranks import Ranks
 from redline.sharding import Sharding, is_sharded, local_part, together
 
-# Wrappers whose inner optimizer is where steps really happen.
-_WRAPPERS = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
+# Wrappers whose inner optimizer is where steps really happen. Lightning and Fabric derive a class from these for each.
+_WRAPPERS = {"LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer"}
+
+# What stands where an optimizer would, while an engine steps by itself.
+_ENGINES = {
+    "DeepSpeedOptimizerWrapper": "DeepSpeed",
+    "DummyOptim": "DeepSpeed",
+    "MegatronLMOptimizerWrapper": "Megatron-LM",
+}
 
 # Optimizers that keep the weights a second time and write the parameters from there: a control would be undone.
 _SHADOW_CLASSES = (
@@ -37,12 +44,14 @@ def raw_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer
     """The optimizers behind the wrappers of Lightning, Fabric and accelerate.
 
     Raises:
-        ConfigurationError: no optimizer, the same one twice, or something that is no torch optimizer.
+        ConfigurationError: no optimizer, the same one twice, an engine's, or something that is no torch optimizer.
     """
     given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     found: list[Optimizer] = []
     for one in given:
-        while type(one).__name__ in _WRAPPERS:
+        while classes := {base.__name__ for base in type(one).__mro__} & {*_WRAPPERS, *_ENGINES}:
+            if engines := classes & set(_ENGINES):
+                refuse_engine(_ENGINES[engines.pop()])
             one = one.optimizer  # type: ignore[attr-defined]
         if not isinstance(one, Optimizer):
             raise ConfigurationError(
@@ -55,6 +64,19 @@ def raw_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer
             f"got {len(found)} optimizers, none or one twice; expected one, or a list of distinct ones."
         )
     return found
+
+
+def refuse_engine(name: str) -> NoReturn:
+    """Refuse an engine that steps by itself.
+
+    Raises:
+        ConfigurationError: always.
+    """
+    raise ConfigurationError(
+        f"got a run that {name} trains; expected one whose torch.optim.Optimizer takes the steps: {name} moves the "
+        "parameters from within its own engine, past the optimizer's hooks, and often from copies in another "
+        "precision. Train with DDP to measure it."
+    )
 
 
 def refuse_in_backward(model: nn.Module) -> None:

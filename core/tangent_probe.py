@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -151,7 +151,8 @@ class TangentProbe:
             logits: gives logits of its output; None for the output itself.
             batch_dim: of its tensors.
             notes: takes what could not be measured.
-            around_replay: what has to be open around each further call of the model.
+            around_replay: what has to be open around each further call of the model; it may yield the autocast dtype
+                that the model's forward was in, where that cannot be seen from outside.
             decided_by: the sub-samples that decisions go by, as ``max_samples`` and ``remember``.
             layout: how the parameters lie over the ranks of the run.
         """
@@ -247,7 +248,8 @@ class TangentProbe:
         layers: bool,
     ) -> tuple[StepTangent | None, Exception | None]:
         """The tangent on so many samples of the batch, or why there is none."""
-        with hooks_silenced(), self._around_replay():
+        with hooks_silenced(), self._around_replay() as autocast:
+            call = call if autocast is None else replace(call, autocast=autocast)
             try:
                 memory, joined = self._memories.setdefault((samples, remember), SampleMemory()), 0
                 if samples < batch:

@@ -63,6 +63,33 @@ def attach(
     Raises:
         ConfigurationError: the arguments cannot work together; says what was got, what was expected and what to do.
     """
+    return attach_as(
+        model,
+        optimizer,
+        monitors=monitors,
+        controllers=controllers,
+        sinks=sinks,
+        schedulers=schedulers,
+        logits=logits,
+        batch_dim=batch_dim,
+        module=module,
+        run=run,
+        overhead_budget=overhead_budget,
+    )
+
+
+def attach_as(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    *,
+    monitors: Sequence[Monitor] | None,
+    batch_dim: int,
+    run: str | None,
+    precision: str | None = None,
+    strategy: str | None = None,
+    **arguments: Any,
+) -> Session:
+    """``attach``, for a trainer that knows more of the run; the other arguments are the session's own."""
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"got a {type(model).__name__} as model; expected a torch.nn.Module.")
     if batch_dim < 0:
@@ -71,22 +98,17 @@ def attach(
         model,
         raw_optimizers(optimizer),
         monitors=default_monitors() if monitors is None else monitors,
-        controllers=controllers,
-        sinks=sinks,
-        schedulers=schedulers,
-        logits=logits,
         batch_dim=batch_dim,
-        module=module,
-        run=describe_run(model, run, strategy=_strategy(model)),
-        overhead_budget=overhead_budget,
+        run=describe_run(model, run, precision=precision, strategy=strategy),
+        **arguments,
     )
 
 
 def describe_run(
-    model: nn.Module, run: str | None = None, *, precision: str | None = None, strategy: str = "single"
+    model: nn.Module, run: str | None = None, *, precision: str | None = None, strategy: str | None = None
 ) -> RunInfo:
-    """The labels of ``redline_run_info``; the precision is by default that of the first parameter."""
-    model = unwrapped(model)
+    """The labels of ``redline_run_info``; by default the first parameter's precision, and the strategy as wrapped."""
+    strategy, model = strategy or _strategy(model), unwrapped(model)
     dtype = next((str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()), "none")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return RunInfo(

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from redline.controller import Controller
 from redline.integrations.attach import describe_run
-from redline.metrics import METRICS
+from redline.integrations.trainer_logs import TrainerLogs
 from redline.monitor import Monitor
 from redline.monitors import default_monitors
 from redline.optimizers import raw_optimizers
 from redline.overhead_budget import checked_share
-from redline.readings import Snapshot
 from redline.session import Session
 from redline.sink import Sink
 
@@ -88,7 +87,9 @@ class RedlineCallback(Callback):
         """Attach: models and optimizers are in place."""
         self._close()
         often: int = getattr(trainer, "log_every_n_steps", 0)
-        loggers = [_TrainerLoggers(trainer, often)] if trainer.loggers and often else []
+        loggers: list[Sink] = []
+        if trainer.loggers and often:
+            loggers = [TrainerLogs(partial(_log, trainer), often, lambda: trainer.global_step)]
         self.session = Session(
             pl_module,
             raw_optimizers(trainer.optimizers),
@@ -152,21 +153,6 @@ def _nothing_logged(pl_module: pl.LightningModule) -> Iterator[None]:
         del vars(pl_module)["log"]
 
 
-class _TrainerLoggers(Sink):
-    """Hands each snapshot to the trainer's own loggers, as often as the trainer itself logs."""
-
-    def __init__(self, trainer: pl.Trainer, every: int) -> None:
-        super().__init__(every)
-        self._trainer = trainer
-
-    def taken(self, step: int) -> None:
-        self._step = self._trainer.global_step  # it may have gone on by the time the snapshot arrives
-
-    def emit(self, snapshot: Snapshot) -> None:
-        values = {
-            "/".join((series.metric, *series.labels)): value
-            for series, value in snapshot.values.items()
-            if METRICS[series.metric].kind != "info"
-        }
-        for logger in self._trainer.loggers:
-            logger.log_metrics(values, step=self._step)
+def _log(trainer: pl.Trainer, values: Mapping[str, float], step: int) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=step)

@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 import redline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +31,22 @@ def test_links_of_the_readme_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", readme):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
+
+
+def test_links_of_the_page_on_trainers_lead_somewhere_and_its_snippets_are_python():
+    import re
+
+    page = ROOT / "docs" / "trainers.md"
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert len(snippets) == 4
+    for snippet in snippets:
+        compile(snippet, "docs/trainers.md", "exec")
+        for module, names in re.findall(r"from (redline\S*) import (.+)", snippet):
+            pytest.importorskip(module, exc_type=ImportError)  # where its trainer is not installed
+            for name in names.split(", "):
+                assert hasattr(importlib.import_module(module), name), name
 
 
 def test_the_sink_shown_in_the_readme_is_the_one_that_runs():

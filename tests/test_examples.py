@@ -11,6 +11,9 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SHORT = {
     "plain_loop.py": ["--steps", "20", "--port", "0"],
     "lightning_digits.py": ["--steps", "20"],
+    "fabric_digits.py": ["--steps", "20"],
+    "accelerate_digits.py": ["--steps", "20"],
+    "huggingface_trainer.py": ["--steps", "9"],
     "custom_sink.py": [],
     "lightning_cli.py": ["fit", f"--config={EXAMPLES / 'lightning_cli.yaml'}", "--trainer.max_steps=20"],
     "bad_batches.py": ["--quick"],
@@ -20,12 +23,16 @@ SHORT = {
 SAYS = {
     "plain_loop.py": "The longest step had r = ",
     "lightning_digits.py": "Test accuracy ",
+    "fabric_digits.py": "after 20 steps.",
+    "accelerate_digits.py": "; the clamp shortened ",
+    "huggingface_trainer.py": "The trainer's own log has r = ",
     "lightning_cli.py": "stability report",
     "bad_batches.py": "one NaN among the inputs, one batch",
     "radius_lr.py": "points above the best",
     "width_transfer.py": "Top singular values: ",
     "custom_sink.py": "step,loss,normalized_step_size\n0,",
 }
+NEEDS = {"huggingface_trainer.py": "transformers", "accelerate_digits.py": "accelerate"}
 
 
 def test_every_example_is_run():
@@ -34,6 +41,7 @@ def test_every_example_is_run():
 
 @pytest.mark.parametrize("name", SHORT)
 def test_example(name, tmp_path):
+    pytest.importorskip(NEEDS.get(name, "redline"))
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *SHORT[name]],
         cwd=tmp_path,

@@ -303,6 +303,31 @@ def test_call_through_a_wrapper_is_captured(wrap: Callable[[nn.Module], nn.Modul
     assert torch.equal(call.args[0], x)
 
 
+class _FabricModule(nn.Module):
+    """As Fabric's wrapper does: it converts inputs and opens autocast on the way in."""
+
+    def __init__(self, forward_module: nn.Module) -> None:
+        super().__init__()
+        self._forward_module = forward_module
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self._forward_module(x.float())
+
+
+@pytest.mark.parametrize("inner", [lambda model: model, nn.DataParallel], ids=["bare", "parallel"])
+def test_fabrics_wrapper_is_watched_from_within(inner: Callable[[nn.Module], nn.Module]) -> None:
+    model = Pair()
+    wrapper = _FabricModule(inner(model))
+    assert unwrapped(wrapper) is model
+    watch, _ = capture(wrapper)
+    x = torch.randn(5, 4).double()
+    wrapper(x)
+    call = watch.call()
+    assert call is not None
+    assert (call.module, call.autocast, call.args[0].dtype) == (model, torch.bfloat16, torch.float32)
+
+
 # In a session -----------------------------------------------------------------------------------------
 
 

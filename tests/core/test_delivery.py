@@ -351,17 +351,18 @@ def test_a_state_that_is_loaded_while_a_snapshot_is_under_way_takes_its_place(la
 
 def test_the_moment_in_training_is_that_of_the_snapshot(late: Any) -> None:
     """A trainer's step may have gone on by the time the snapshot arrives."""
-    pytest.importorskip("lightning")
     from types import SimpleNamespace
 
-    from redline.integrations.lightning import _TrainerLoggers
+    from redline.integrations.trainer_logs import TrainerLogs
 
     late(4)
     logged: list[tuple[int, float]] = []
-    logger = SimpleNamespace(log_metrics=lambda values, step: logged.append((step, values["redline_loss"])))
-    trainer = SimpleNamespace(global_step=100, loggers=[logger])
+    trainer = SimpleNamespace(global_step=100)
     run = Run()
-    with run.attach(_TrainerLoggers(trainer, 3)):  # type: ignore[arg-type]
+    logs = TrainerLogs(
+        lambda values, step: logged.append((step, values["redline_loss"])), 3, lambda: trainer.global_step
+    )
+    with run.attach(logs):
         run.sinks = []
         for _ in range(7):
             run.step()

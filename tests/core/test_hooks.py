@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from redline.hooks import ForwardHook, OptimizerHooks, hooks_silenced
+from redline.hooks import ForwardHook, OptimizerHooks, OutputHook, ReplayHook, hooks_silenced
 
 # Forward hooks ----------------------------------------------------------------------------------------
 
@@ -60,6 +60,28 @@ def test_copy_of_a_hooked_model_reports_to_nobody(duplicate: Callable[[nn.Module
     assert calls == []
     model(torch.zeros(5, 2), torch.zeros(5, 3))
     assert len(calls) == 1
+
+
+def test_hooks_on_outputs_and_on_replays_tell_of_their_own_calls_only() -> None:
+    model, seen = nn.Bilinear(2, 3, 4), []
+    model.register_forward_hook(OutputHook(lambda *call: seen.append(("output", call))), with_kwargs=True)
+    model.register_forward_pre_hook(ReplayHook(lambda kwargs: seen.append(("replay", kwargs))), with_kwargs=True)
+    one, other = torch.zeros(5, 2), torch.zeros(5, 3)
+    output = model(one, input2=other)
+    ((what, call),) = seen
+    assert what == "output"
+    assert call[0] is model
+    assert call[1]["input2"] is other
+    assert call[2] is output
+    with hooks_silenced():
+        model(one, input2=other)
+    assert seen[1][0] == "replay"
+    assert seen[1][1]["input2"] is other
+    for twin in (deep_copied(model), pickled(model)):
+        twin(one, other)
+        with hooks_silenced():
+            twin(one, other)
+    assert len(seen) == 2
 
 
 def test_hook_without_an_owner_does_nothing() -> None:

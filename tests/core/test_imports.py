@@ -126,7 +126,7 @@ def test_only_the_trainers_integrations_import_a_trainer() -> None:
 
 def test_what_is_imported_is_declared() -> None:
     declared = {"torch", "numpy", "rich", "prometheus_client"}
-    optional = {"lightning", "sklearn"}
+    optional = {"lightning", "sklearn", "transformers", "accelerate"}
     for name in MODULES:
         allowed = declared | (optional if folder(name).startswith("redline.integrations") else set())
         assert of_others(name) - allowed == set(), name
@@ -155,7 +155,7 @@ def test_type_information_is_installed() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_can_be_imported_and_is_the_repositorys(name: str) -> None:
-    for optional in {"lightning", "sklearn"} & of_others(name):
+    for optional in {"lightning", "sklearn", "transformers", "accelerate"} & of_others(name):
         pytest.importorskip(optional)
     module = importlib.import_module(name)
     assert module.__file__ is not None
@@ -209,7 +209,8 @@ print(json.dumps({
 }))
 """
     found = json.loads(in_fresh_python(code, tmp_path))
-    trainers = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "transformers", "sklearn"}
+    trainers = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "sklearn"}
+    trainers |= {"transformers", "accelerate"}
     assert trainers & set(found.pop("loaded")) == set()
     assert found == {
         "same random numbers": True,
@@ -223,7 +224,7 @@ print(json.dumps({
 def test_redline_works_where_no_trainer_is_installed(tmp_path: Path) -> None:
     code = """
 import sys
-for name in ("lightning", "pytorch_lightning", "lightning_fabric", "transformers", "sklearn"):
+for name in ("lightning", "pytorch_lightning", "lightning_fabric", "transformers", "accelerate", "sklearn"):
     sys.modules[name] = None  # importing it fails, as where it is not installed
 import redline, torch
 model = torch.nn.Linear(3, 2)
@@ -232,9 +233,10 @@ with redline.attach(model, optimizer) as session:
     model(torch.ones(4, 3)).logsumexp(-1).sum().backward()
     optimizer.step()
 print(session.latest.value("redline_steps_total"))
-try:
-    import redline.integrations.lightning
-except ImportError as error:
-    print(type(error).__name__)
+for name in ("lightning", "fabric", "huggingface", "accelerate"):
+    try:
+        __import__(f"redline.integrations.{name}")
+    except ImportError as error:
+        print(type(error).__name__)
 """
-    assert in_fresh_python(code, tmp_path).split() == ["1.0", "ModuleNotFoundError"]
+    assert in_fresh_python(code, tmp_path).split() == ["1.0"] + 4 * ["ModuleNotFoundError"]

@@ -51,6 +51,31 @@ def test_optimizers_are_taken_out_of_their_wrappers() -> None:
     assert raw_optimizers(AcceleratedOptimizer(LightningOptimizer(one))) == [one]  # type: ignore[arg-type]
 
 
+class FabricSGD(_FabricOptimizer, torch.optim.SGD):
+    """Fabric and Lightning make a class like this for each wrapper; it passes for the optimizer itself."""
+
+
+def test_optimizers_are_taken_out_of_wrappers_that_pass_for_them() -> None:
+    one = sgd()
+    assert raw_optimizers(FabricSGD(one)) == [one]  # type: ignore[arg-type]
+
+
+class DeepSpeedOptimizerWrapper(AcceleratedOptimizer):
+    pass
+
+
+class MegatronLMOptimizerWrapper(AcceleratedOptimizer):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "name"), [(DeepSpeedOptimizerWrapper, "DeepSpeed"), (MegatronLMOptimizerWrapper, "Megatron-LM")]
+)
+def test_engines_are_refused_by_name(wrapper: Any, name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"got a run that {name} trains; expected .* Train with DDP"):
+        raw_optimizers(wrapper(sgd()))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
