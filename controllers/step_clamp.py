@@ -15,7 +15,7 @@ from redline.host_copy import moved_to
 from redline.radius_controller import RadiusController
 from redline.sample_memory import MAX_SAMPLES, REMEMBER
 from redline.step import Step
-from redline.tangent_probe import StepTangent
+from redline.step_tangent import StepTangent
 
 _WARY = 0.5  # of max_r: from there on every step is measured
 _LOUDER = 2.0  # times the loss at the last measurement: no quiet step

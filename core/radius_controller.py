@@ -13,7 +13,7 @@ from redline.errors import ConfigurationError
 from redline.monitor import Need
 from redline.sample_memory import check_sub_sample
 from redline.step import Step
-from redline.tangent_probe import StepTangent
+from redline.step_tangent import StepTangent
 
 
 class RadiusController(Controller):

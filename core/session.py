@@ -22,6 +22,7 @@ from redline.errors import ConfigurationError
 from redline.history import RunHistory
 from redline.hooks import OptimizerHooks
 from redline.interventions import Intervention
+from redline.live_model import LiveModel
 from redline.loss_kind import refuse_other_losses
 from redline.margins import StepMargins
 from redline.monitor import Monitor, Need
@@ -101,7 +102,7 @@ class Session:
         """
         budget = checked_share(overhead_budget)
         self._notes = Notes()
-        self._model = unwrapped(model)
+        self._wrapped, self._model = model, unwrapped(model)
         self._optimizers = list(optimizers)
         self._monitors = _named(monitors, "monitor", "measure")
         self._controllers = _named(controllers, "controller", "inspect")
@@ -112,7 +113,8 @@ class Session:
         self._layers = matrix_layers(self._model, self._notes)
         self._labels = optimizer_labels(self._optimizers)
         self._ranks = ranks = Ranks.of_run()
-        parameters = self._named_parameters()
+        self._live = LiveModel(self._model, self._optimizers, self._names)
+        parameters = self._live.parameters()
         if ranks.size > 1:
             self._refuse_different_ranks(parameters)
         self._layout = Layout(ranks, parameters)
@@ -127,7 +129,7 @@ class Session:
             self._model,
             self._optimizers,
             schedulers,
-            self._live_tensors,
+            self._live.training_state,
             self._transaction,
             self._readings,
         )
@@ -356,6 +358,7 @@ class Session:
                 self._conclude()
 
     def _begin(self) -> Step:
+        self._refuse_leaving_ranks()
         self._readings.step = self._index
         if self._ranks_observe is None:
             self._ranks_observe = self._ranks.any(self._loss is not None)
@@ -368,12 +371,12 @@ class Session:
             self._index,
             groups,
             self._layers,
-            self._weights,
-            self._gradients,
+            self._live.weights,
+            self._live.gradients,
             self._transaction,
             self._read,
             self._take_tangent,
-            lambda tolerance: self._weight_spectra.measure(self._layers, self._weights(), tolerance, self._layout),
+            lambda tolerance: self._weight_spectra.measure(self._layers, self._live.weights(), tolerance, self._layout),
             self._layout,
             self._ranks_observe,
         )
@@ -465,33 +468,6 @@ class Session:
         self._needs |= _joint_needs(self._due)
         self._capture.armed = Need.TANGENT in self._needs
 
-    def _live_tensors(self) -> dict[str, Tensor]:
-        """What training changes: the parameters that the optimizers move, and the buffers; of DTensors this rank's."""
-        moved = {
-            name: parameter
-            for optimizer in self._optimizers
-            for name, parameter in self._names.held_by(optimizer).items()
-            if parameter.requires_grad or parameter in optimizer.state  # frozen for now, as Lightning toggles them
-        }
-        live = {**moved, **{plain_name(name): one for name, one in self._model.named_buffers()}}
-        return {name: local_part(one) if is_sharded(one) else one for name, one in live.items()}
-
-    def _named_parameters(self) -> dict[str, Tensor]:
-        """All parameters, those that only the optimizers hold among them."""
-        held = [self._names.held_by(optimizer) for optimizer in self._optimizers]
-        return {**named_parameters(self._model), **{name: one for some in held for name, one in some.items()}}
-
-    def _weights(self) -> dict[str, Tensor]:
-        """The model's parameters as they stand; of a DTensor the part on this rank."""
-        return {name: local_part(parameter) for name, parameter in named_parameters(self._model).items()}
-
-    def _gradients(self) -> dict[str, Tensor | None]:
-        """Likewise."""
-        return {
-            name: None if one.grad is None else local_part(one.grad)
-            for name, one in named_parameters(self._model).items()
-        }
-
     def _refuse_different_ranks(self, parameters: Mapping[str, Tensor]) -> None:
         device = local_part(next(iter(parameters.values()))).device
         self._ranks.refuse_different(
@@ -501,6 +477,14 @@ class Session:
         )
         named = [name for name, _ in (*self._monitors, *self._controllers)]
         self._ranks.refuse_different(str(named), "monitors and controllers (they measure together)", device)
+
+    def _refuse_leaving_ranks(self) -> None:
+        joined = getattr(self._wrapped, "_join_config", None)
+        if self._ranks.size > 1 and joined is not None and joined.enable:
+            raise ConfigurationError(
+                "got a step within DistributedDataParallel's join(), where ranks leave one by one; expected all of them "
+                "at every step, since they measure together. Give each rank as many batches: they may be shorter."
+            )
 
     def _take_tangent(self, update: Mapping[str, Tensor], max_samples: int | None, remember: int) -> Any:
         taken = self._probe.measure(

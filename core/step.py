@@ -15,7 +15,7 @@ from redline.margins import StepMargins
 from redline.numerics.spectra import SpectralEstimate
 from redline.parameters import MatrixLayer
 from redline.sharding import Layout
-from redline.tangent_probe import StepTangent
+from redline.step_tangent import StepTangent
 from redline.transaction import StepTransaction
 from redline.weight_decay import Rates
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import redline
 from redline import ConfigurationError, GhostRadius, RedlineWarning
 from redline.numerics import ghost_radius, logit_tangent
-from redline.tangent_probe import StepTangent
+from redline.step_tangent import StepTangent
 
 R, RHO, TAU = "redline_normalized_step_size", "redline_ghost_radius", "redline_update_norm"
 SAMPLES, BATCH = "redline_tangent_samples", "redline_batch_samples"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from processes import on_ranks
 from rank_lightning import fitted
 
 
-def test_ddp_clamps_alike():
-    first, second = on_ranks(fitted, 2, "ddp")
+@pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
+def test_its_strategies_clamp_alike(strategy: str):
+    first, second = on_ranks(fitted, 2, strategy)
     assert "refused" not in first, first
     assert first["interventions"] == second["interventions"]
     assert [step for _, step, _, _ in first["interventions"]].count(3) == 1
@@ -16,3 +18,8 @@ def test_ddp_clamps_alike():
     assert first["notes"] == ()
     assert all(torch.equal(second["weights"][name], one) for name, one in first["weights"].items())
     assert first["run"]["world_size"] == 2
+
+
+def test_flat_parameters_are_refused_by_name():
+    for told in on_ranks(fitted, 2, "fsdp"):
+        assert "ConfigurationError: got FullyShardedDataParallel" in told["refused"]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from redline.capture import ForwardCapture
 from redline.notes import Notes
 from redline.ranks import Ranks
-from redline.tangent_probe import StepTangent, TangentProbe
+from redline.step_tangent import StepTangent
+from redline.tangent_probe import TangentProbe
 
 
 class Probed:

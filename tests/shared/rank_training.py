@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import redline
@@ -71,7 +72,7 @@ def batches(steps: int, rank: int = 0, size: int = 1) -> Iterator[tuple[Tensor, 
 
 
 def wrapped(net: nn.Module, how: str) -> nn.Module:
-    """The model as it is trained: "alone", "ddp", "fsdp" by blocks, or "hsdp" on a mesh of two rows."""
+    """The model as it is trained: "alone", "ddp", "fsdp" by blocks, "hsdp" on a mesh of two rows, or "tp" in its MLPs."""
     if how == "ddp":
         return DistributedDataParallel(net)
     if how in ("fsdp", "hsdp"):
@@ -80,6 +81,10 @@ def wrapped(net: nn.Module, how: str) -> nn.Module:
         for block in net.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
         fully_shard(net, mesh=mesh)
+    if how == "tp":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in net.blocks:  # type: ignore[union-attr]
+            parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     return net
 
 
@@ -127,7 +132,7 @@ def train(
         more: for ``redline.attach``.
     """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if how == "alone":
+    if how in ("alone", "tp"):  # where ranks share a batch
         rank, size = 0, 1
     net = wrapped(model(), how)
     optimizer = optimizer_of(net)
