@@ -27,7 +27,6 @@ from redline.loss_kind import refuse_other_losses
 from redline.margins import StepMargins
 from redline.monitor import Monitor, Need
 from redline.notes import Notes
-from redline.numerics.names import plain_name
 from redline.optimizers import (
     gradient_norm,
     is_stepped_by_scaler,
@@ -39,11 +38,11 @@ from redline.optimizers import (
 )
 from redline.overhead_budget import OverheadBudget, checked_share
 from redline.own_time import Account, OwnTime
-from redline.parameters import ParameterNames, matrix_layers, named_parameters
+from redline.parameters import ParameterNames, matrix_layers
 from redline.ranks import Ranks
 from redline.readings import Readings, RunInfo, Snapshot
 from redline.report import KeptSnapshot, StabilityReport
-from redline.sharding import Layout, is_sharded, local_part
+from redline.sharding import Layout, local_part
 from redline.sink import Sink
 from redline.spectrum_tracker import SpectrumTracker
 from redline.step import Step
@@ -482,8 +481,8 @@ class Session:
         joined = getattr(self._wrapped, "_join_config", None)
         if self._ranks.size > 1 and joined is not None and joined.enable:
             raise ConfigurationError(
-                "got a step within DistributedDataParallel's join(), where ranks leave one by one; expected all of them "
-                "at every step, since they measure together. Give each rank as many batches: they may be shorter."
+                "got a step within DistributedDataParallel's join(), where ranks leave one by one; expected all of "
+                "them at every step, since they measure together. Give each as many batches: they may be shorter."
             )
 
     def _take_tangent(self, update: Mapping[str, Tensor], max_samples: int | None, remember: int) -> Any:

@@ -10,14 +10,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 
 from redline.controller import Controller
+from redline.errors import ConfigurationError
 from redline.integrations.attach import describe_run
 from redline.integrations.trainer_logs import TrainerLogs
 from redline.monitor import Monitor
 from redline.monitors import default_monitors
-from redline.optimizers import raw_optimizers
+from redline.optimizers import raw_optimizers, refuse_engine
 from redline.overhead_budget import checked_share
 from redline.session import Session
 from redline.sink import Sink
@@ -80,7 +82,19 @@ class RedlineCallback(Callback):
         return self._generate_state_key(run=self._run, module=self._arguments["module"])
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget a state that was loaded for another purpose than the fit to come."""
+        """Refuse strategies that leave nothing to measure, and forget a state loaded for another purpose than this fit.
+
+        Raises:
+            ConfigurationError: the strategy is one of these; it says why, and what to use.
+        """
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            refuse_engine("DeepSpeed")
+        if isinstance(trainer.strategy, FSDPStrategy):
+            raise ConfigurationError(
+                "got Lightning's FSDPStrategy; expected one that keeps the parameters' shapes: it flattens those of a "
+                "unit into one vector, of which no matrix is left to measure. Use ModelParallelStrategy, which shards "
+                "each parameter by itself."
+            )
         self._resumed = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
 from processes import on_ranks
 from rank_lightning import fitted
+
+from redline import ConfigurationError
+from redline.integrations.lightning import RedlineCallback
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
@@ -20,6 +28,7 @@ def test_its_strategies_clamp_alike(strategy: str):
     assert first["run"]["world_size"] == 2
 
 
-def test_flat_parameters_are_refused_by_name():
-    for told in on_ranks(fitted, 2, "fsdp"):
-        assert "ConfigurationError: got FullyShardedDataParallel" in told["refused"]
+def test_strategies_that_leave_nothing_to_measure_are_refused_by_name():
+    trainer: Any = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(ConfigurationError, match=r"got Lightning's FSDPStrategy; .*Use ModelParallelStrategy"):
+        RedlineCallback().setup(trainer, LightningModule(), "fit")

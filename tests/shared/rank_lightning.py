@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from rank_training import Block, batches, model, whole
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from rank_training import batches, model, whole
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
@@ -56,7 +56,6 @@ def fitted(rank: int, strategy: str) -> dict[str, Any]:
     made: dict[str, Any] = {
         "ddp": lambda: DDPStrategy(process_group_backend="gloo", cluster_environment=TorchElasticEnvironment()),
         "model_parallel": lambda: ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1),
-        "fsdp": lambda: FSDPStrategy(auto_wrap_policy={Block}, process_group_backend="gloo"),
     }
     callback = RedlineCallback(
         monitors=[WeightSpectrum(1), UpdateSpectrum(1), GhostRadius(1, max_samples=None), StepHealth()],

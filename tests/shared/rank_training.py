@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -72,19 +73,27 @@ def batches(steps: int, rank: int = 0, size: int = 1) -> Iterator[tuple[Tensor, 
 
 
 def wrapped(net: nn.Module, how: str) -> nn.Module:
-    """The model as it is trained: "alone", "ddp", "fsdp" by blocks, "hsdp" on a mesh of two rows, or "tp" in its MLPs."""
+    """The model as it is trained: "alone", "ddp", "fsdp" by blocks, "hsdp" on a mesh of two rows, or "tp" in parts."""
     if how == "ddp":
         return DistributedDataParallel(net)
     if how in ("fsdp", "hsdp"):
         size = dist.get_world_size()
-        mesh = init_device_mesh("cpu", (size,) if how == "fsdp" else (2, size // 2))
+        shape, names = ((size,), ("shard",)) if how == "fsdp" else ((2, size // 2), ("copy", "shard"))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         for block in net.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
         fully_shard(net, mesh=mesh)
     if how == "tp":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for block in net.blocks:  # type: ignore[union-attr]
-            parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+            parallelize_module(
+                block,
+                mesh,
+                {
+                    "out": ColwiseParallel(output_layouts=Replicate()),
+                    "qkv": RowwiseParallel(input_layouts=Replicate()),
+                },
+            )
     return net
 
 
