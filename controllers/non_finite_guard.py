@@ -82,12 +82,19 @@ class NonFiniteGuard(Controller):
 
 def _where(step: Step) -> str:
     """Which parameters' gradients are not finite; asked at a bad step only, since it waits for the device."""
-    gradients = {name: gradient for name, gradient in step.gradients.items() if gradient is not None}
-    if not gradients:
+    gradients = step.gradients
+    told_of = torch.zeros(len(gradients), 2, dtype=torch.int64, device=step.layout.device)
+    for row, gradient in zip(told_of, gradients.values(), strict=True):
+        if gradient is not None:
+            values = gradient.to_dense() if gradient.is_sparse else gradient
+            row[0], row[1] = 1, (~torch.isfinite(values)).any()
+    # Of each, on how many ranks there is a gradient, and on how many it is not finite.
+    told = step.layout.ranks.total(told_of).tolist()
+    there = sum(1 for ranks, _ in told if ranks)
+    broken = [name for name, (_, ranks) in zip(gradients, told, strict=True) if ranks]
+    if not there:
         return "outside the model"
-    bad = torch.stack([(~torch.isfinite(g.to_dense() if g.is_sparse else g)).any() for g in gradients.values()])
-    broken = [name for name, ranks in zip(gradients, step.layout.ranks.total(bad.int()).tolist(), strict=True) if ranks]
     if not broken:
         return "outside the model" if math.isnan(step.start.gradient_norm or 0.0) else "their norm overflowed"
     last = f", the last {broken[-1]}" if len(broken) > 1 else ""
-    return f"{len(broken)} of {len(gradients)} parameters, the first {broken[0]}{last}"
+    return f"{len(broken)} of {there} parameters, the first {broken[0]}{last}"

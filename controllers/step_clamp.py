@@ -117,16 +117,16 @@ class StepClamp(RadiusController):
 
     def _may_pass(self, step: Step) -> bool:
         self._since += 1
-        last, norms = self._measured, step.update_norms
+        last, norms, loss = self._measured, step.update_norms, step.comparable_loss
         wary = _WARY * self.max_r
-        if last is None or last.names != tuple(step.before) or (last.loss is None) != (step.loss is None):
+        if last is None or last.names != tuple(step.before) or (last.loss is None) != (loss is None):
             return False
         ratio = torch.where(norms == 0, 0.0, norms / moved_to(last.norms, norms)).amax()
-        losses = [loss for loss in (step.loss, last.loss) if loss is not None]
+        losses = [one for one in (loss, last.loss) if one is not None]
         r, grown, *heard = step.read([last.r, ratio, *losses])
         if self._since == 1:
             self._interval = min(2 * self._interval, self.stale_after) if 0 < r < wary else 1
-        quiet = not heard or heard[0] <= _LOUDER * heard[1]
+        quiet = not heard or heard[0] == heard[1] or heard[0] <= _LOUDER * heard[1] < math.inf
         return self._since < min(self._interval, self.stale_after) and r * grown < wary and quiet
 
     def size(self, tangent: StepTangent) -> Tensor:
@@ -142,7 +142,7 @@ class StepClamp(RadiusController):
     def scale(self, r: Tensor, step: Step) -> Scale:
         """Shorten the step if it is too long."""
         if self.stale_after > 1:
-            self._measured, self._since = _Measured(r, tuple(step.before), step.update_norms, step.loss), 0
+            self._measured, self._since = _Measured(r, tuple(step.before), step.update_norms, step.comparable_loss), 0
         factor = torch.where(r > self.max_r, self.max_r / r, 1.0)
         saw: dict[str, Number] = {"r": r, "max_r": self.max_r, "scale": factor, "update_norm": step.update.norm}
         kind = "exact " if self.radius == "exact" else ""

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from redline.errors import ConfigurationError
+from redline.host_copy import moved_to
 from redline.ranks import Ranks
 from redline.sharding import Sharding, is_sharded, local_part, together
 
@@ -157,14 +158,17 @@ def gradient_norm(optimizer: Optimizer, parameters: Iterable[Tensor], ranks: Ran
         parameters: that have them.
         ranks: of the run.
     """
-    gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
-    sharded = any(map(is_sharded, gradients))
-    norm = _norm_over(gradients, ranks or Ranks()) if sharded else _norm(gradients)
+    parameters = list(parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if any(map(is_sharded, parameters)):
+        norm: Tensor | None = _norm_over(gradients, ranks or Ranks(), local_part(parameters[0]).device)
+    else:
+        norm = _norm([gradient.detach() for gradient in gradients])
     scale = getattr(optimizer, "grad_scale", None)
     return norm if norm is None or scale is None else norm / scale.to(norm.device)
 
 
-def _norm_over(gradients: Iterable[Tensor], ranks: Ranks) -> Tensor:
+def _norm_over(gradients: Iterable[Tensor], ranks: Ranks, device: torch.device) -> Tensor:
     parts: dict[float, list[Tensor]] = defaultdict(list)  # by what they count in the sum over ranks
     for gradient in gradients:
         sharding = Sharding.of(gradient, ranks.size) if is_sharded(gradient) else None
@@ -173,7 +177,7 @@ def _norm_over(gradients: Iterable[Tensor], ranks: Ranks) -> Tensor:
             part if sharding is None else sharding.summed(part)
         )
     squares = [share * norm.double().square() for share, some in parts.items() if (norm := _norm(some)) is not None]
-    return ranks.total(together(squares).sum()).sqrt()
+    return ranks.total(moved_to(together(squares).sum().double(), device)).sqrt()
 
 
 def _norm(gradients: Iterable[Tensor]) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,12 @@ T = TypeVar("T")
 
 _ARRIVAL = 300.0  # seconds for all ranks to attach; models are loaded at different speeds
 _attached = count()  # every process attaches in the same order: the n-th time is everybody's n-th time
+
+
+@lru_cache(maxsize=2)  # of the default group that there is: sessions come and go, and each group keeps its connections
+def _own_group(default: ProcessGroup, backend: str | None) -> ProcessGroup:
+    """A group of all ranks that nobody else uses."""
+    return torch.distributed.new_group(backend=backend)
 
 
 class Ranks:
@@ -44,7 +51,7 @@ class Ranks:
         self._of_hosts: ProcessGroup | None = None
         if size > 1:
             self._meet()
-            self._group = torch.distributed.new_group()
+            self._group = _own_group(torch.distributed.group.WORLD, None)
 
     @classmethod
     def of_run(cls) -> Ranks:
@@ -92,7 +99,7 @@ class Ranks:
     def _hosts(self) -> ProcessGroup:
         """A group that does not go through the devices, made when first asked for."""
         if self._of_hosts is None:
-            self._of_hosts = torch.distributed.new_group(backend="gloo")
+            self._of_hosts = _own_group(torch.distributed.group.WORLD, "gloo")
         return self._of_hosts
 
     def _meet(self) -> None:

@@ -42,6 +42,7 @@ from redline.parameters import ParameterNames, matrix_layers
 from redline.ranks import Ranks
 from redline.readings import Readings, RunInfo, Snapshot
 from redline.report import KeptSnapshot, StabilityReport
+from redline.schedules import Every
 from redline.sharding import Layout, local_part
 from redline.sink import Sink
 from redline.spectrum_tracker import SpectrumTracker
@@ -115,9 +116,9 @@ class Session:
         self._live = LiveModel(self._model, self._optimizers, self._names)
         parameters = self._live.parameters()
         if ranks.size > 1:
-            self._refuse_different_ranks(parameters)
+            self._refuse_different_ranks(parameters, budget)
         self._layout = Layout(ranks, parameters)
-        self._ranks_observe: bool | None = None  # whether any rank is told the loss; found out at the first step
+        self._compared = ranks.size == 1  # whether all ranks are known to be at the same step
 
         self._history = RunHistory()
         self._readings = Readings(self._history.record)
@@ -261,7 +262,7 @@ class Session:
             )
         self._fetch()
         self._delivery.finish()  # what was on its way is none of the other run's
-        self._index = state["index"]
+        self._index, self._compared = state["index"], self._ranks.size == 1
         self._readings.load_state_dict(state["readings"])
         self._history.load_state_dict(state["history"])
         self._control.load_state_dict(state["control"])
@@ -359,8 +360,7 @@ class Session:
     def _begin(self) -> Step:
         self._refuse_leaving_ranks()
         self._readings.step = self._index
-        if self._ranks_observe is None:
-            self._ranks_observe = self._ranks.any(self._loss is not None)
+        self._refuse_different_steps()
         groups = [
             (label, str(group.get("name", k)), group)
             for label, optimizer in zip(self._labels, self._optimizers, strict=True)
@@ -377,7 +377,6 @@ class Session:
             self._take_tangent,
             lambda tolerance: self._weight_spectra.measure(self._layers, self._live.weights(), tolerance, self._layout),
             self._layout,
-            self._ranks_observe,
         )
         self._gradient_norms = {}
         return self._step
@@ -409,8 +408,10 @@ class Session:
             finally:
                 self._end(step)
             self._publish()
-        finally:
-            self._arm()  # last: by now the time of all this is known
+        except BaseException:
+            self._arm(alone=True)  # the others may be waiting for another message
+            raise
+        self._arm()  # last: by now the time of all this is known
 
     def _keep_margins(self, margins: StepMargins | None) -> None:
         if margins is not None:
@@ -436,7 +437,9 @@ class Session:
                 monitor.measure(step, self._readings)
             except ConfigurationError:
                 raise
-            except Exception as error:  # noqa: BLE001 observing must not end a run
+            except Exception as error:
+                if self._ranks.size > 1:  # the others may be waiting for what it was to send
+                    raise
                 self._notes.add(f"{name} could not measure a step: {type(error).__name__}: {error}")
             else:
                 self._readings.count(metrics.MEASUREMENTS, 1, name)
@@ -454,28 +457,43 @@ class Session:
 
     # Services -------------------------------------------------------------------------------------------------------
 
-    def _arm(self) -> None:
+    def _arm(self, *, alone: bool = False) -> None:
         """Decide, once, what the next step is for; its inputs are kept only if somebody will ask for a tangent."""
         if self._budget.share is not None:
             self._budget.settle(*self._time.totals()[:2])
         in_debt = self._budget.in_debt
         self._due = self._monitors_due.due(
-            self._monitors, self._index, put_off=lambda: self._budget.share is not None and self._ranks.any(in_debt)
+            self._monitors,
+            self._index,
+            put_off=lambda: in_debt if alone or self._budget.share is None else self._ranks.any(in_debt),
         )
         self._due_sinks = self._sinks_due.due(self._delivery.sinks, self._index, put_off=lambda: in_debt)
         self._needs = self._controllers_need = _joint_needs(self._controllers)
         self._needs |= _joint_needs(self._due)
         self._capture.armed = Need.TANGENT in self._needs
 
-    def _refuse_different_ranks(self, parameters: Mapping[str, Tensor]) -> None:
+    def _refuse_different_ranks(self, parameters: Mapping[str, Tensor], budget: float | None) -> None:
         device = local_part(next(iter(parameters.values()))).device
         self._ranks.refuse_different(
             str([(name, tuple(parameter.shape)) for name, parameter in parameters.items()]),
             "parameters (stages of a pipeline cannot be measured as one model)",
             device,
         )
-        named = [name for name, _ in (*self._monitors, *self._controllers)]
-        self._ranks.refuse_different(str(named), "monitors and controllers (they measure together)", device)
+        plugins = [(name, _settings(plugin)) for name, plugin in (*self._monitors, *self._controllers)]
+        self._ranks.refuse_different(
+            str((plugins, budget)), "monitors, controllers or overhead_budget (the ranks measure together)", device
+        )
+
+    def _refuse_different_steps(self) -> None:
+        """At the first step, and at the first after a state was loaded."""
+        if not self._compared:
+            steps = self._ranks.objects(self._index)
+            if len(set(steps)) > 1:
+                raise ConfigurationError(
+                    f"got ranks at different steps ({', '.join(map(str, steps))}); expected one state on all of them: "
+                    "where one rank loads a checkpoint, all have to."
+                )
+            self._compared = True
 
     def _refuse_leaving_ranks(self) -> None:
         joined = getattr(self._wrapped, "_join_config", None)
@@ -537,6 +555,12 @@ def _joint_needs(plugins: Sequence[tuple[str, Monitor | Controller]]) -> Need:
     for _, plugin in plugins:
         needs |= plugin.needs
     return needs
+
+
+def _settings(plugin: Monitor | Controller) -> dict[str, Any]:
+    """What of a plugin can be compared: plain settings, and a schedule of so many steps."""
+    plain = (int, float, str, bool, tuple, type(None), Every)
+    return {name: value for name, value in vars(plugin).items() if name[0] != "_" and isinstance(value, plain)}
 
 
 def _named(plugins: Sequence[Any], kind: str, method: str) -> list[tuple[str, Any]]:

@@ -20,6 +20,7 @@ class Layout:
     Attributes:
         ranks: of the run.
         shardings: by name, of the parameters that are DTensors.
+        device: of the first parameter.
     """
 
     def __init__(self, ranks: Ranks | None = None, parameters: Mapping[str, Tensor] | None = None) -> None:
@@ -30,6 +31,8 @@ class Layout:
             for name, parameter in (parameters or {}).items()
             if is_sharded(parameter)
         }
+        first = next(iter((parameters or {}).values()), None)
+        self.device = torch.device("cpu") if first is None else local_part(first).device
 
     def norms(self, parts: Iterable[tuple[str, Tensor]]) -> Tensor:
         """L2 norm of each whole tensor, ``(n,)``, float32 or float64, on one device, the same on every rank.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -124,7 +125,11 @@ class SpectrumTracker:
         counts = [self._count(one, ranks) for one in held]
         mine = [one for one, count in zip(held, counts, strict=True) if count]
         warm = self._warm([one.layer for one in mine], self._seed)
-        estimate = top_singular_values([one.block for one in mine], warm, tolerance=tolerance)
+        try:
+            estimate = top_singular_values([one.block for one in mine], warm, tolerance=tolerance)
+        except Exception:
+            ranks.total(torch.full((3, len(held)), math.nan, dtype=torch.float64, device=held[0].part.device))
+            raise  # now that the others, who waited for it, know of none
         for one in held:
             self._vectors.pop(one.layer.name, None)  # loaded by a rank whose it is not
         self._keep([one.layer for one in mine], estimate.state)

@@ -34,6 +34,14 @@ class Update:
     norm: Tensor
 
 
+class _Told(NamedTuple):
+    """What the ranks tell one another of a step, each 0-d: how many observed a loss, its mean, the gradients' norm."""
+
+    observers: Tensor
+    loss: Tensor
+    gradient_norm: Tensor
+
+
 class StepStart(NamedTuple):
     """What controllers know on the host before the update.
 
@@ -78,10 +86,9 @@ class Step:
         take_tangent: Callable[[Mapping[str, Tensor], int | None, int], StepTangent | None],
         measure_weights: Callable[[float], SpectralEstimate],
         layout: Layout,
-        ranks_observe: bool,
     ) -> None:
         self.index, self.groups, self.layers = index, groups, layers
-        self.layout, self._ranks_observe = layout, ranks_observe
+        self.layout = layout
         self.observed: Tensor | None = None
         self.gradient_norm: Tensor | None = None
         self.scaled = False
@@ -91,7 +98,7 @@ class Step:
         self._read_weights, self._read_gradients = read_weights, read_gradients
         self._transaction, self._to_host = transaction, to_host
         self._start: StepStart | None = None
-        self._agreed: tuple[Tensor, Tensor] | None = None  # loss and gradient norm
+        self._told: _Told | None = None
         self._take_tangent, self._measure_weights = take_tangent, measure_weights
         self._update: Update | None = None
         self._norms: Tensor | None = None
@@ -103,12 +110,13 @@ class Step:
     def start(self) -> StepStart:
         """Loss and gradient norm on the host: both in one copy, the one wait of a step, before the update."""
         if self._start is None:
-            asked = {"loss": self.loss, "gradient_norm": self.gradient_norm}
-            if self.gradient_norm is not None and self.layout.ranks.size > 1:
-                asked["gradient_norm"] = self._agree()[1]
+            alone = self.layout.ranks.size == 1
+            asked = {"loss": self.observed, "gradient_norm": self.gradient_norm} if alone else self._agree()._asdict()
             given = {name: tensor for name, tensor in asked.items() if tensor is not None}
             numbers = dict(zip(given, self._to_host(list(given.values())), strict=True))
-            self._start = StepStart(numbers.get("loss"), numbers.get("gradient_norm"), self.scaled)
+            loss = numbers.get("loss") if numbers.pop("observers", 1) else None
+            norm = None if self.gradient_norm is None else numbers.get("gradient_norm")
+            self._start = StepStart(loss, norm, self.scaled)
         return self._start
 
     @property
@@ -116,23 +124,30 @@ class Step:
         """As it was observed, 0-d, or None: on several ranks the mean over those that observed one."""
         if self.layout.ranks.size == 1:
             return self.observed
-        return self._agree()[0] if self._ranks_observe else None
+        told = self._agree()  # whatever this rank has seen: the others send theirs
+        return None if self.observed is None else told.loss
 
-    def _agree(self) -> tuple[Tensor, Tensor]:
+    @property
+    def comparable_loss(self) -> Tensor | None:
+        """The same, to be decided by: on several ranks infinite, not None, where none has observed one."""
+        if self.layout.ranks.size == 1:
+            return self.observed
+        told = self._agree()
+        return torch.where(told.observers > 0, told.loss, math.inf)
+
+    def _agree(self) -> _Told:
         """Loss and gradient norm, the same on every rank, as of when they are first asked for: one message a step."""
-        if self._agreed is None:
-            device = next(iter(self.weights.values())).device
-            nothing = torch.zeros((), device=device)
-            told = [
-                torch.full_like(nothing, float(self.observed is not None)),
+        if self._told is None:
+            nothing = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+            own = [
+                nothing + (self.observed is not None),
                 nothing if self.observed is None else self.observed,
                 nothing if self.gradient_norm is None else self.gradient_norm,
             ]
-            observes, loss, norm = self.layout.ranks.rows(
-                torch.stack([moved_to(one, device).double() for one in told])
-            ).unbind(1)
-            self._agreed = loss.sum() / observes.sum(), norm.amax()
-        return self._agreed
+            row = torch.stack([moved_to(one, nothing) for one in own])
+            observes, loss, norm = self.layout.ranks.rows(row).unbind(1)
+            self._told = _Told(observes.sum(), loss.sum() / observes.sum(), norm.amax())
+        return self._told
 
     @property
     def gradients(self) -> Mapping[str, Tensor | None]:

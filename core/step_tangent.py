@@ -93,8 +93,12 @@ class StepTangent:
         The proven lower end of it. Waits for the device. What was found for a larger ``within`` is not searched for
         again.
         """
-        if self._exact is None or within > self._exact[0]:
-            self._exact = within, least_ghost_radius(self.logits, self.tangent, self.told, within=within)
+        try:
+            if self._exact is None or within > self._exact[0]:
+                self._exact = within, least_ghost_radius(self.logits, self.tangent, self.told, within=within)
+        except Exception:
+            self.ranks.highest(self.logits.new_full((), math.nan))  # the others wait for it
+            raise
         return -self.ranks.highest(-self._exact[1].lower)
 
     def margins(self, step: int) -> StepMargins | None:

@@ -17,6 +17,7 @@ from redline.errors import ConfigurationError
 from redline.hooks import hooks_silenced
 from redline.margins import by_sample
 from redline.notes import Notes
+from redline.numerics.agreement import in_step
 from redline.numerics.layer_recorder import LayerSteps
 from redline.numerics.sharded import device_type, is_sharded
 from redline.numerics.tangents import (
@@ -95,8 +96,15 @@ class TangentProbe:
         Raises:
             ConfigurationError: the logits cannot be told, or are no floating tensor.
         """
-        found = self._called(parameters)
-        if self._ranks.any(found is None):
+        found, problem = None, None
+        try:
+            found = self._called(parameters)
+        except ConfigurationError as error:
+            problem = error
+        missing = self._ranks.any(found is None)
+        if problem is not None:
+            raise problem
+        if missing:
             if found is not None:
                 self._notes.add(_ELSEWHERE)
             return None
@@ -157,9 +165,10 @@ class TangentProbe:
         with hooks_silenced(), self._around_replay() as autocast:
             call = call if autocast is None else replace(call, autocast=autocast)
             try:
-                memory, joined = self._memories.setdefault((samples, remember), SampleMemory()), 0
-                if samples < batch:
-                    call, joined = memory.join(call, samples, batch, self._batch_dim, remember)
+                with in_step(self._agree):  # what comes next the ranks do together
+                    memory, joined = self._memories.setdefault((samples, remember), SampleMemory()), 0
+                    if samples < batch:
+                        call, joined = memory.join(call, samples, batch, self._batch_dim, remember)
                 index = torch.cat([spread_over(batch, samples), torch.full((joined,), -1)])
                 taken = self._take(call, point, direction, layers)
                 seen = self._layers(taken, call.name) if layers else None
@@ -201,8 +210,8 @@ class TangentProbe:
                     method=method,
                     parameters=point,
                     layers=layers,
-                    total=self._ranks.total if self._ranks.size > 1 else None,
-                    agree=self._agree if self._ranks.size > 1 else None,
+                    total=self._ranks.total,
+                    agree=self._agree,
                 )
 
         # A run that goes on from a checkpoint may be laid out in another way than the one that wrote it.

@@ -91,7 +91,7 @@ def tangent(
         exact: whether the exact radius is found, too.
     """
     messages = [
-        Message("tangent: whether all can take it, and could", "hosts", 3, 3 * 8),
+        Message("tangent: whether all can take it, and could", "hosts", 4, 4 * 8),
         Message("r", "all-gather", 1, 4),
         Message("samples", "all-reduce", 1, 2 * 8),
         Message("samples that bind", "all-gather", 1, TOLD * 3 * 8),

@@ -27,9 +27,9 @@ class StepHealth(Monitor):
 
     def measure(self, step: Step, readings: Readings) -> None:
         """Read what the step was made of."""
-        if step.loss is not None:
-            readings.gauge(metrics.LOSS, step.loss)
-            readings.count(metrics.NONFINITE, ~step.loss.isfinite(), "loss")
+        if (loss := step.loss) is not None:
+            readings.gauge(metrics.LOSS, loss)
+            readings.count(metrics.NONFINITE, ~loss.isfinite(), "loss")
         if step.gradient_norm is not None:
             readings.gauge(metrics.GRADIENT_NORM, step.gradient_norm)
             readings.count(metrics.NONFINITE, ~step.gradient_norm.isfinite(), "gradient")

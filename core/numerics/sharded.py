@@ -22,10 +22,10 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: of a DTensor its part, of another all of it; in the same memory, detached."""
-    tensor = tensor.detach()
     if not is_sharded(tensor):
-        return tensor
-    return cast("DTensor", tensor).to_local()
+        return tensor.detach()
+    with torch.no_grad():
+        return cast("DTensor", tensor).to_local().detach()  # in this order: of a DTensor each operation is dear
 
 
 @dataclass(frozen=True)
