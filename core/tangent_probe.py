@@ -96,15 +96,12 @@ class TangentProbe:
         Raises:
             ConfigurationError: the logits cannot be told, or are no floating tensor.
         """
-        found, problem = None, None
         try:
             found = self._called(parameters)
-        except ConfigurationError as error:
-            problem = error
-        missing = self._ranks.any(found is None)
-        if problem is not None:
-            raise problem
-        if missing:
+        except ConfigurationError:
+            self._ranks.any(True)  # the others wait for it
+            raise
+        if self._ranks.any(found is None):
             if found is not None:
                 self._notes.add(_ELSEWHERE)
             return None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from processes import on_ranks
-from rank_control import attached, budgeted, one_rank_fails, resumed, spiked
+from rank_control import attached, budgeted, observed_at, one_rank_fails, resumed, spiked
 
 WRAPPINGS = [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)]
 
@@ -71,7 +71,10 @@ def test_a_budget_stretches_schedules_alike(size: int):
     [
         ("alone", "attached on 1 of 2 ranks; expected on all"),
         ("parameters", "other parameters"),
-        ("monitors", "other monitors and controllers"),
+        ("monitors", "other monitors, controllers"),
+        ("settings", "other monitors, controllers"),
+        ("budget", "other monitors, controllers or overhead_budget"),
+        ("steps", "ranks at different steps (0, 7)"),
     ],
 )
 def test_ranks_that_do_not_do_the_same_are_told_so(which: str, said: str):
@@ -89,3 +92,12 @@ def test_a_checkpoint_of_four_ranks_is_resumed_on_two(how: str, tmp_path: Path):
     further = on_ranks(resumed, 2, how, str(tmp_path), 5, 4)
     assert_same(further, "controllers", "steps")
     assert further[0]["steps"] == 9
+
+
+def test_a_loss_that_is_observed_at_some_steps_is_none_at_the_others():
+    alone = observed_at(0, [0, 4, 8])
+    assert alone["nonfinite"] == 0
+    for told in on_ranks(observed_at, 2, [0, 4, 8]):
+        assert told["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert told["nonfinite"] == 0
+        assert told["interventions"] == alone["interventions"]

@@ -113,6 +113,9 @@ def attached(rank: int, which: str) -> str:
     if which == "parameters" and rank == 1:
         net.extra = torch.nn.Linear(2, 2)
     monitors: list[Any] = [StepHealth()] if which == "monitors" and rank == 1 else [GhostRadius()]
+    if which == "settings":
+        monitors = [GhostRadius(every=1 + rank)]
+    budget = 0.1 if which == "budget" and rank == 1 else None
     import redline.ranks
 
     redline.ranks._ARRIVAL = 1.0
@@ -120,7 +123,13 @@ def attached(rank: int, which: str) -> str:
         dist.barrier()
         return ""
     try:
-        redline.attach(net, optimizer_of(net), monitors=monitors).close()
+        optimizer = optimizer_of(net)
+        with redline.attach(net, optimizer, monitors=monitors, overhead_budget=budget) as session:
+            if which == "steps":
+                if rank == 1:
+                    session.load_state_dict({**session.state_dict(), "index": 7})
+                net(torch.zeros(2, 6, dtype=torch.int64)).sum().backward()
+                optimizer.step()
     except redline.ConfigurationError as error:
         return str(error)
     finally:
@@ -164,3 +173,29 @@ def resumed(rank: int, how: str, folder: str, steps: int, more: int) -> dict[str
 def _told(state: dict[str, Any]) -> dict[str, Any]:
     """What decides: all but warm starts, which are each rank's own."""
     return {key: value for key, value in state.items() if key not in ("limits", "spectra")}
+
+
+def observed_at(rank: int, steps: list[int]) -> dict[str, Any]:
+    """A run whose loss is observed at some steps only; its guard, its clamp and its readings."""
+    net = model()
+    optimizer = optimizer_of(net)
+    controllers: list[Any] = [SpikeGuard(), StepClamp(0.5, max_samples=None)]
+    wrapping = "ddp" if dist.is_initialized() else "alone"
+    net = wrapped(net, wrapping)
+    losses = []
+    with redline.attach(net, optimizer, monitors=[StepHealth()], controllers=controllers) as session:
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        for step, (tokens, targets) in enumerate(batches(12, rank, size)):
+            loss = F.cross_entropy(net(tokens).flatten(0, 1), targets.flatten())
+            if step in steps:
+                session.observe(loss=loss)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found = session.latest.values.get(redline.Series("redline_loss"))
+            losses.append(found)
+        return {
+            "losses": losses,
+            "nonfinite": session.latest.value("redline_nonfinite_total", source="loss"),
+            "interventions": [(one.controller, one.step, one.action) for one in session.interventions],
+        }
