@@ -38,7 +38,7 @@ from redline.optimizers import (
 )
 from redline.overhead_budget import OverheadBudget, checked_share
 from redline.own_time import Account, OwnTime
-from redline.parameters import ParameterNames, matrix_layers
+from redline.parameters import ParameterNames, matrix_layers, named_parameters
 from redline.ranks import Ranks
 from redline.readings import Readings, RunInfo, Snapshot
 from redline.report import KeptSnapshot, StabilityReport
@@ -114,7 +114,7 @@ class Session:
         self._labels = optimizer_labels(self._optimizers)
         self._ranks = ranks = Ranks.of_run()
         self._live = LiveModel(self._model, self._optimizers, self._names)
-        parameters = self._live.parameters()
+        parameters = self._live.parameters() if ranks.size > 1 else named_parameters(self._model)
         if ranks.size > 1:
             self._refuse_different_ranks(parameters, budget)
         self._layout = Layout(ranks, parameters)

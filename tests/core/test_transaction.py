@@ -526,15 +526,6 @@ def test_scale_of_zero_takes_back_a_decay_that_is_not_finite(zero: float | Tenso
     assert parameter.tolist() == [1.0, -2.0]
 
 
-def test_controllers_are_refused_where_ranks_would_decide_differently(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    run = Run()
-    with pytest.raises(ConfigurationError, match="got controllers in a run of 2 ranks; expected one"):
-        run.attach(scaling(0.5))
-    run.attach(monitors=[redline.StepHealth()]).close()
-
-
 # Withhold -----------------------------------------------------------------------------------------
 
 
