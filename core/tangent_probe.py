@@ -17,7 +17,7 @@ from redline.errors import ConfigurationError
 from redline.hooks import hooks_silenced
 from redline.margins import by_sample
 from redline.notes import Notes
-from redline.numerics.agreement import in_step
+from redline.numerics.agreement import ElsewhereError, in_step
 from redline.numerics.layer_recorder import LayerSteps
 from redline.numerics.sharded import device_type, is_sharded
 from redline.numerics.tangents import (
@@ -127,7 +127,7 @@ class TangentProbe:
         if isinstance(error, ConfigurationError):
             raise error
         if failed:
-            self._notes.add(_ELSEWHERE if error is None else _reason(error, call.module))
+            self._notes.add(_reason(error, call.module))
         return None if failed else tangent
 
     def _called(self, parameters: Mapping[str, Tensor]) -> tuple[CapturedCall, dict[str, str]] | None:
@@ -338,7 +338,9 @@ def _is_final(error: Exception) -> bool:
     return isinstance(error, (ConfigurationError, torch.OutOfMemoryError))
 
 
-def _reason(error: Exception, module: nn.Module) -> str:
+def _reason(error: Exception | None, module: nn.Module) -> str:
+    if error is None or isinstance(error, ElsewhereError):
+        return _ELSEWHERE
     if isinstance(error, torch.OutOfMemoryError):
         return "The ghost radius was not measured at some steps: out of memory."
     return (

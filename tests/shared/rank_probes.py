@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from redline.capture import ForwardCapture
 from redline.notes import Notes
 from redline.ranks import Ranks
+from redline.sharding import Layout
 from redline.step_tangent import StepTangent
 from redline.tangent_probe import TangentProbe
 
@@ -23,7 +24,7 @@ class Probed:
         self.rank, self.how, self.model = rank, how, laid(how, OWN) if model is None else model
         self.notes = Notes()
         self.capture = ForwardCapture(self.model, None, lambda: None)
-        self.probe = TangentProbe(self.capture, None, 0, self.notes, _nothing, ranks=Ranks.of_run())
+        self.probe = TangentProbe(self.capture, None, 0, self.notes, _nothing, layout=Layout(Ranks.of_run()))
         self.live = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.before, self.update = (moving(parameters(laid(how, seed))) for seed in (POINT, ALONG))
 
@@ -88,7 +89,7 @@ def wrong_when_whole(rank: int) -> tuple[str, float, list[str]]:
     probed = Probed.__new__(Probed)
     probed.rank, probed.how, probed.model, probed.notes = rank, "tensor parallel", model, Notes()
     probed.capture = ForwardCapture(model, None, lambda: None)
-    probed.probe = TangentProbe(probed.capture, None, 0, probed.notes, _nothing, ranks=Ranks.of_run())
+    probed.probe = TangentProbe(probed.capture, None, 0, probed.notes, _nothing, layout=Layout(Ranks.of_run()))
     probed.live = dict(model.named_parameters())
     twins = (parameters(laid("tensor parallel", seed)) for seed in (POINT, ALONG))
     probed.before, probed.update = ({f"inner.{name}": p for name, p in twin.items()} for twin in twins)
