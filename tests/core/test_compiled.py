@@ -200,6 +200,7 @@ def test_a_compiled_step_is_measured(
     assert watched.differences(train(watched=True, **arguments)) == []
 
 
+@pytest.mark.slow  # it compiles C++
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="inductor needs a C++ compiler")
 def test_by_inductor_it_is_measured_as_the_eager_run() -> None:
     def without_dropout() -> nn.Module:  # inductor draws its own

@@ -24,7 +24,7 @@ def assert_same(told: list[dict[str, Any]], *keys: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "how", "size"),
     [("clamp", *four) for four in WRAPPINGS]
-    + [("all", *four) for four in WRAPPINGS]
+    + [pytest.param("all", how, size, marks=[pytest.mark.slow] * (size > 2)) for how, size in WRAPPINGS]
     + [(kind, how, 2) for kind in ("sparing", "exact", "quantile") for how in ("ddp", "fsdp")],
 )
 def test_after_spikes_that_were_clamped_parameters_are_the_same_on_all_ranks(kind: str, how: str, size: int):
