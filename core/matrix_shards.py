@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -119,10 +118,7 @@ def _without_terms(part: Tensor, sharding: Sharding | None) -> tuple[Tensor, Sha
     """The part, and how it lies, after terms of a sum have been exchanged for parts of it."""
     if sharding is None or not sharding.has_terms:
         return part, sharding
-    from torch.distributed.tensor import Shard
-
-    placements = tuple(Shard(0) if placement.is_partial() else placement for placement in sharding.placements)
-    return sharding.summed(part), replace(sharding, placements=placements)
+    return sharding.summed(part), sharding.without_terms
 
 
 def _sides(layer: MatrixLayer, shape: Sequence[int]) -> tuple[list[int], list[int]]:

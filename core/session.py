@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from redline import metrics
-from redline.agenda import Agenda
 from redline.capture import ForwardCapture, unwrapped
 from redline.control import Control
 from redline.controller import Controller
@@ -42,12 +41,13 @@ from redline.parameters import ParameterNames, matrix_layers, named_parameters
 from redline.ranks import Ranks
 from redline.readings import Readings, RunInfo, Snapshot
 from redline.report import KeptSnapshot, StabilityReport
-from redline.schedules import Every
-from redline.sharding import Layout, local_part
+from redline.same_on_all_ranks import SameOnAllRanks
+from redline.sharding import Layout
 from redline.sink import Sink
 from redline.spectrum_tracker import SpectrumTracker
 from redline.step import Step
 from redline.tangent_probe import TangentProbe
+from redline.timetable import Timetable
 from redline.transaction import StepTransaction
 
 _STATE_VERSION = 4
@@ -102,7 +102,7 @@ class Session:
         """
         budget = checked_share(overhead_budget)
         self._notes = Notes()
-        self._wrapped, self._model = model, unwrapped(model)
+        self._model = unwrapped(model)
         self._optimizers = list(optimizers)
         self._monitors = _named(monitors, "monitor", "measure")
         self._controllers = _named(controllers, "controller", "inspect")
@@ -115,10 +115,9 @@ class Session:
         self._ranks = ranks = Ranks.of_run()
         self._live = LiveModel(self._model, self._optimizers, self._names)
         parameters = self._live.parameters() if ranks.size > 1 else named_parameters(self._model)
-        if ranks.size > 1:
-            self._refuse_different_ranks(parameters, budget)
+        self._same = SameOnAllRanks(ranks, model)
+        self._same.set_up(parameters, [*self._monitors, *self._controllers], budget)
         self._layout = Layout(ranks, parameters)
-        self._compared = ranks.size == 1  # whether all ranks are known to be at the same step
 
         self._history = RunHistory()
         self._readings = Readings(self._history.record)
@@ -138,7 +137,7 @@ class Session:
         self._budget = OverheadBudget(budget)
         if budget is not None:
             self._readings.gauge(metrics.OVERHEAD_BUDGET_RATIO, budget)
-        self._monitors_due, self._sinks_due = Agenda(self._notes), Agenda(self._notes)
+        self._due = Timetable(self._monitors, self._controllers, self._budget, self._time, ranks, self._notes)
         self._closed = False
         for name, _ in self._monitors:
             self._readings.count(metrics.MEASUREMENTS, 0, name)
@@ -146,9 +145,6 @@ class Session:
 
         self._index, self._unfetched = 0, False
         self._step: Step | None = None
-        self._due: list[tuple[str, Monitor]] = []
-        self._due_sinks: list[tuple[str, Sink]] = []
-        self._needs = self._controllers_need = Need.NOTHING
         self._forward_seen = False  # since the last step
         self._updating: Optimizer | None = None
         self._stepped: list[Optimizer] = []
@@ -246,7 +242,7 @@ class Session:
             "weight_spectra": self._weight_spectra.state_dict(),
             "probe": self._probe.state_dict(),
             "monitors": {name: monitor.state_dict() for name, monitor in self._monitors},
-            "put_off": [self._monitors_due.state_dict(), self._sinks_due.state_dict()],
+            "put_off": self._due.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -262,7 +258,8 @@ class Session:
             )
         self._fetch()
         self._delivery.finish()  # what was on its way is none of the other run's
-        self._index, self._compared = state["index"], self._ranks.size == 1
+        self._index = state["index"]
+        self._same.loaded()
         self._readings.load_state_dict(state["readings"])
         self._history.load_state_dict(state["history"])
         self._control.load_state_dict(state["control"])
@@ -271,8 +268,7 @@ class Session:
         for name, monitor in self._monitors:
             if name in state["monitors"]:
                 monitor.load_state_dict(state["monitors"][name])
-        for agenda, put_off in zip((self._monitors_due, self._sinks_due), state["put_off"], strict=True):
-            agenda.load_state_dict(put_off)
+        self._due.load_state_dict(state["put_off"])
         self._delivery.refresh()
         self._arm()
 
@@ -339,7 +335,7 @@ class Session:
                     self._measure_gradients(step, [optimizer])  # AMP has unscaled them by now
                 with self._in_control():
                     self._control.before_update(step, optimizer, parameters)
-                if Need.UPDATE in self._needs:
+                if Need.UPDATE in self._due.needs:
                     with self._at_work_for(Need.UPDATE):
                         self._transaction.save(parameters)
             except BaseException:
@@ -358,9 +354,8 @@ class Session:
                 self._conclude()
 
     def _begin(self) -> Step:
-        self._refuse_leaving_ranks()
+        self._same.at_step(self._index)
         self._readings.step = self._index
-        self._refuse_different_steps()
         groups = [
             (label, str(group.get("name", k)), group)
             for label, optimizer in zip(self._labels, self._optimizers, strict=True)
@@ -382,7 +377,7 @@ class Session:
         return self._step
 
     def _measure_gradients(self, step: Step, optimizers: Sequence[Optimizer]) -> None:
-        if Need.GRADIENTS not in self._needs:
+        if Need.GRADIENTS not in self._due.needs:
             return
         with self._at_work_for(Need.GRADIENTS):
             for optimizer in optimizers:
@@ -423,14 +418,14 @@ class Session:
         self._capture.forget()
         self._probe.end_step(step.decided_by)
         self._readings.count(metrics.STEPS)
-        for name in self._monitors_due.put_off:
+        for name in self._due.put_off:
             self._readings.count(metrics.PUT_OFF, 1, name)
         self._readings.gauge(metrics.LAST_STEP_TIMESTAMP, time.time())
         self._index = step.index + 1
         self._unfetched = True
 
     def _measure(self, step: Step, *, after_commit: bool) -> None:
-        for name, monitor in self._due:
+        for name, monitor in self._due.monitors:
             if monitor.after_commit is not after_commit or (step.withheld and Need.UPDATE in monitor.needs):
                 continue
             try:
@@ -445,8 +440,8 @@ class Session:
                 self._readings.count(metrics.MEASUREMENTS, 1, name)
 
     def _publish(self) -> None:
-        if self._due_sinks or self._readings.overflowing or self._control.log.overflowing:
-            self._fetch(self._due_sinks)
+        if self._due.sinks or self._readings.overflowing or self._control.log.overflowing:
+            self._fetch(self._due.sinks)
 
     def _discard(self) -> None:
         """Let go of everything that belongs to one step."""
@@ -459,49 +454,8 @@ class Session:
 
     def _arm(self, *, alone: bool = False) -> None:
         """Decide, once, what the next step is for; its inputs are kept only if somebody will ask for a tangent."""
-        if self._budget.share is not None:
-            self._budget.settle(*self._time.totals()[:2])
-        in_debt = self._budget.in_debt
-        self._due = self._monitors_due.due(
-            self._monitors,
-            self._index,
-            put_off=lambda: in_debt if alone or self._budget.share is None else self._ranks.any(in_debt),
-        )
-        self._due_sinks = self._sinks_due.due(self._delivery.sinks, self._index, put_off=lambda: in_debt)
-        self._needs = self._controllers_need = _joint_needs(self._controllers)
-        self._needs |= _joint_needs(self._due)
-        self._capture.armed = Need.TANGENT in self._needs
-
-    def _refuse_different_ranks(self, parameters: Mapping[str, Tensor], budget: float | None) -> None:
-        device = local_part(next(iter(parameters.values()))).device
-        self._ranks.refuse_different(
-            str([(name, tuple(parameter.shape)) for name, parameter in parameters.items()]),
-            "parameters (stages of a pipeline cannot be measured as one model)",
-            device,
-        )
-        plugins = [(name, _settings(plugin)) for name, plugin in (*self._monitors, *self._controllers)]
-        self._ranks.refuse_different(
-            str((plugins, budget)), "monitors, controllers or overhead_budget (the ranks measure together)", device
-        )
-
-    def _refuse_different_steps(self) -> None:
-        """At the first step, and at the first after a state was loaded."""
-        if not self._compared:
-            steps = self._ranks.objects(self._index)
-            if len(set(steps)) > 1:
-                raise ConfigurationError(
-                    f"got ranks at different steps ({', '.join(map(str, steps))}); expected one state on all of them: "
-                    "where one rank loads a checkpoint, all have to."
-                )
-            self._compared = True
-
-    def _refuse_leaving_ranks(self) -> None:
-        joined = getattr(self._wrapped, "_join_config", None)
-        if self._ranks.size > 1 and joined is not None and joined.enable:
-            raise ConfigurationError(
-                "got a step within DistributedDataParallel's join(), where ranks leave one by one; expected all of "
-                "them at every step, since they measure together. Give each as many batches: they may be shorter."
-            )
+        self._due.arm(self._index, self._delivery.sinks, alone=alone)
+        self._capture.armed = Need.TANGENT in self._due.needs
 
     def _take_tangent(self, update: Mapping[str, Tensor], max_samples: int | None, remember: int) -> Any:
         taken = self._probe.measure(
@@ -510,7 +464,7 @@ class Session:
             update,
             max_samples,
             remember,
-            layers=Need.LAYERS in self._needs,
+            layers=Need.LAYERS in self._due.needs,
         )
         if taken is not None and taken.method in metrics.TANGENT_FALLBACKS.label_values:
             self._readings.count(metrics.TANGENT_FALLBACKS, 1, taken.method)
@@ -547,20 +501,7 @@ class Session:
 
     def _at_work_for(self, need: Need) -> AbstractContextManager[None]:
         """What is done here would be done for controllers alone, if they need it."""
-        return self._at_work(Account.CONTROLLING if need in self._controllers_need else Account.OBSERVING)
-
-
-def _joint_needs(plugins: Sequence[tuple[str, Monitor | Controller]]) -> Need:
-    needs = Need.NOTHING
-    for _, plugin in plugins:
-        needs |= plugin.needs
-    return needs
-
-
-def _settings(plugin: Monitor | Controller) -> dict[str, Any]:
-    """What of a plugin can be compared: plain settings, and a schedule of so many steps."""
-    plain = (int, float, str, bool, tuple, type(None), Every)
-    return {name: value for name, value in vars(plugin).items() if name[0] != "_" and isinstance(value, plain)}
+        return self._at_work(Account.CONTROLLING if need in self._due.controllers_need else Account.OBSERVING)
 
 
 def _named(plugins: Sequence[Any], kind: str, method: str) -> list[tuple[str, Any]]:

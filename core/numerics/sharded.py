@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
@@ -81,14 +81,19 @@ class Sharding:
             part, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
         )
 
-    def summed(self, part: Tensor) -> Tensor:
-        """A part of it that is no term of a sum: where it is placed as ``Partial`` the ranks exchange their terms."""
+    @property
+    def without_terms(self) -> Sharding:
+        """How it lies once terms of a sum have been exchanged for parts of it."""
         from torch.distributed.tensor import Shard
 
-        if not any(placement.is_partial() for placement in self.placements):
+        placements = tuple(Shard(0) if placement.is_partial() else placement for placement in self.placements)
+        return replace(self, placements=placements)
+
+    def summed(self, part: Tensor) -> Tensor:
+        """A part of it that is no term of a sum: where it is placed as ``Partial`` the ranks exchange their terms."""
+        if not self.has_terms:
             return part
-        placements = [Shard(0) if placement.is_partial() else placement for placement in self.placements]
-        return self.whole(part).redistribute(placements=placements).to_local()
+        return self.whole(part).redistribute(placements=self.without_terms.placements).to_local()
 
 
 def device_type(tensor: Tensor) -> str:
