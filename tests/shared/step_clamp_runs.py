@@ -1,0 +1,93 @@
+"""What the tests of StepClamp share: its runs, a model that answers as told, and a step far too long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import ControlledRun
+from step_lengths import BATCH, CLASSES, FEATURES, adamw, adamw_fused, muon_and_adamw, plain, sgd
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import redline
+
+EVERY_OPTIMIZER = pytest.mark.parametrize(
+    "optimizers", [sgd, adamw, adamw_fused, muon_and_adamw], ids=lambda make: make.__name__
+)
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(BATCH, FEATURES, generator=generator)
+    return x, torch.randint(0, CLASSES, (BATCH,), generator=generator)
+
+
+class Run(ControlledRun):
+    """A model with its optimizers; two made alike are alike."""
+
+    def __init__(
+        self, optimizers: Callable[[nn.Module], list[Optimizer]] = sgd, model: Callable[[], nn.Module] = plain
+    ) -> None:
+        torch.manual_seed(0)
+        self.model = model()
+        self.optimizers = optimizers(self.model)
+        self.session: redline.Session | None = None
+
+    def backward(self, seed: int) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        x, y = batch(seed)
+        loss = F.cross_entropy(self.model(x), y)
+        if self.session is not None:
+            self.session.observe(loss=loss)
+        loss.backward()
+
+    def update(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def step(self, seed: int) -> None:
+        self.backward(seed)
+        self.update()
+
+    def steps_of(self, seeds: Iterable[int]) -> None:
+        for seed in seeds:
+            self.step(seed)
+
+
+def prepared(optimizers: Callable[[nn.Module], list[Optimizer]] = sgd, model: Callable[[], nn.Module] = plain) -> Run:
+    """Two steps in, so that moments are there."""
+    run = Run(optimizers, model)
+    run.step(1)
+    run.step(2)
+    return run
+
+
+class Answering(nn.Module):
+    """Its output is made of the logits."""
+
+    def __init__(self, answer: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net = plain()
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(self.net(x))
+
+
+def overlong() -> tuple[Run, Callable[[Run], None]]:
+    """A run, and a step of it whose update is finite, along which the logits' tangent is not."""
+    run = Run(lambda model: [torch.optim.SGD(model.parameters(), 1e-10, momentum=0.9)], lambda: nn.Linear(4, 3))
+    run.model.get_parameter("bias").data[0] = -0.0  # whose sign a sum with 0 would lose
+
+    def step(run: Run) -> None:
+        run.optimizers[0].zero_grad()
+        x = 1e25 * torch.ones(1, 4)
+        F.cross_entropy(run.model(x), run.model(x).argmin(-1)).backward()
+        run.update()
+
+    return run, step

@@ -1,0 +1,79 @@
+"""What the tests of StepClamp and RadiusLR share: models, optimizers, and ``r`` by a Jacobian in float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+from torch.optim import Optimizer
+
+FEATURES, CLASSES, BATCH = 6, 3, 16
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+
+def dropping() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, CLASSES))
+
+
+def normalizing() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+
+def sgd(model: nn.Module) -> list[Optimizer]:
+    return [torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)]
+
+
+def adamw(model: nn.Module) -> list[Optimizer]:
+    return [torch.optim.AdamW(model.parameters(), 1e-2)]
+
+
+def adamw_fused(model: nn.Module) -> list[Optimizer]:
+    return [torch.optim.AdamW(model.parameters(), 1e-2, fused=True)]
+
+
+def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
+    parameters = list(model.parameters())
+    return [
+        torch.optim.Muon([parameter for parameter in parameters if parameter.dim() == 2], 0.02),
+        torch.optim.AdamW([parameter for parameter in parameters if parameter.dim() != 2], 1e-2),
+    ]
+
+
+def spreads(model: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor], x: Tensor) -> np.ndarray:
+    """Of each sample's logit tangent along the update, by the whole Jacobian in float64; dropout off."""
+    model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    point = {name: tensor.double() for name, tensor in before.items()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def logits(parameters: dict[str, Tensor]) -> Tensor:
+        state = {**parameters, **{name: buffer.clone() for name, buffer in buffers.items()}}
+        return functional_call(model, state, (x.double(),))
+
+    jacobian = jacrev(logits)(point)
+    tangent = sum((jacobian[name].flatten(2) @ (after[name].double() - point[name]).flatten()) for name in point)
+    return (tangent.amax(-1) - tangent.amin(-1)).numpy()
+
+
+def reference(model: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor], x: Tensor) -> float:
+    return float(spreads(model, before, after, x).max() / math.pi)
+
+
+def assert_scaled(
+    actual: dict[str, Tensor], before: dict[str, Tensor], after: dict[str, Tensor], factor: float
+) -> None:
+    """``theta_before + factor * p`` to the rounding of float32; computed in float64."""
+    for name in before:
+        update = after[name].double() - before[name].double()
+        expected = before[name].double() + factor * update
+        bound = 2 * torch.finfo(torch.float32).eps * (expected.abs() + factor * update.abs())
+        assert bool(((actual[name].double() - expected).abs() <= bound).all()), name
