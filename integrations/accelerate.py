@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,10 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from redline.capture import unwrapped
-from redline.controller import Controller
 from redline.integrations.attach import attach_as
 from redline.integrations.trainer_logs import TrainerLogs
-from redline.monitor import Monitor
 from redline.session import Session
 from redline.sink import Sink
 
@@ -29,16 +27,9 @@ def attach(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
     *,
-    monitors: Sequence[Monitor] | None = None,
-    controllers: Sequence[Controller] = (),
     sinks: Sequence[Sink] = (),
-    schedulers: Sequence[Any] = (),
-    logits: Callable[[Any], Any] | None = None,
-    batch_dim: int = 0,
-    module: str | None = None,
-    run: str | None = None,
-    overhead_budget: float | None = None,
     log_every: int = 50,
+    **arguments: Any,
 ) -> Session:
     """Attach Redline to what ``accelerator.prepare`` returned; readings go to the accelerator's trackers too.
 
@@ -48,16 +39,9 @@ def attach(
         accelerator: that prepared model and optimizer.
         model: that ``accelerator.prepare`` returned.
         optimizer: that ``accelerator.prepare`` returned; several make one joint step.
-        monitors: as of ``redline.attach``, and so are those that follow.
-        controllers: what may change a step.
         sinks: where readings go, beside the trackers.
-        schedulers: what is to come back with the optimizer when a controller rolls the run back.
-        logits: callable ``output -> (..., classes)`` or ``output -> (logits, mask of positions that count)``.
-        batch_dim: dimension of the inputs that counts the samples.
-        module: qualified name of the submodule whose forward gives the logits.
-        run: a name for this run.
-        overhead_budget: the share of training time that monitoring may take.
         log_every: optimizer steps between logs; 0 logs nothing.
+        arguments: the others of ``redline.attach``, which says what they mean.
 
     Returns:
         A session, to be used as a context manager or closed by ``session.close()``.
@@ -72,18 +56,11 @@ def attach(
     return attach_as(
         model,
         optimizer,
-        monitors=monitors,
-        controllers=controllers,
         sinks=[*sinks, TrainerLogs(log, log_every)] if log_every else sinks,
-        schedulers=schedulers,
-        logits=logits,
-        batch_dim=batch_dim,
-        module=module,
-        run=run,
         precision=precision_label(accelerator.mixed_precision),
         strategy=strategy_label(accelerator.distributed_type),
-        overhead_budget=overhead_budget,
         around_replay=partial(own_forward, model, accelerator.mixed_precision),
+        **arguments,
     )
 
 

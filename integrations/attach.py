@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
+from inspect import signature
 from typing import Any
 
 import torch
@@ -82,14 +84,16 @@ def attach_as(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
     *,
-    monitors: Sequence[Monitor] | None,
-    batch_dim: int,
-    run: str | None,
+    monitors: Sequence[Monitor] | None = None,
+    batch_dim: int = 0,
+    run: str | None = None,
     precision: str | None = None,
     strategy: str | None = None,
+    around_replay: Callable[[], AbstractContextManager[Any]] = nullcontext,
     **arguments: Any,
 ) -> Session:
-    """``attach``, for a trainer that knows more of the run; the other arguments are the session's own."""
+    """``attach``, for a trainer that knows more of the run: ``precision`` and ``strategy`` as it names them."""
+    refuse_unknown(arguments)
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"got a {type(model).__name__} as model; expected a torch.nn.Module.")
     if batch_dim < 0:
@@ -100,8 +104,20 @@ def attach_as(
         monitors=default_monitors() if monitors is None else monitors,
         batch_dim=batch_dim,
         run=describe_run(model, run, precision=precision, strategy=strategy),
+        around_replay=around_replay,
         **arguments,
     )
+
+
+def refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    """Refuse what ``attach`` does not take.
+
+    Raises:
+        ConfigurationError: an argument has another name than any of ``attach``'s.
+    """
+    known = [name for name, one in signature(attach).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    if unknown := [name for name in arguments if name not in known]:
+        raise ConfigurationError(f"got the argument {unknown[0]!r}; expected one of {', '.join(known)}.")
 
 
 def describe_run(

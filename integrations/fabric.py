@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from redline.controller import Controller
-from redline.integrations.attach import attach_as
+from redline.integrations.attach import attach_as, refuse_unknown
 from redline.integrations.trainer_logs import TrainerLogs
-from redline.monitor import Monitor
-from redline.monitors import default_monitors
 from redline.optimizers import refuse_engine
 from redline.overhead_budget import checked_share
 from redline.session import Session
@@ -25,16 +22,9 @@ def attach(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer],
     *,
-    monitors: Sequence[Monitor] | None = None,
-    controllers: Sequence[Controller] = (),
     sinks: Sequence[Sink] = (),
-    schedulers: Sequence[Any] = (),
-    logits: Callable[[Any], Any] | None = None,
-    batch_dim: int = 0,
-    module: str | None = None,
-    run: str | None = None,
-    overhead_budget: float | None = None,
     log_every: int = 50,
+    **arguments: Any,
 ) -> Session:
     """Attach Redline to a loop that Fabric drives; readings go to Fabric's own loggers too.
 
@@ -44,16 +34,9 @@ def attach(
         fabric: that set model and optimizer up.
         model: that ``fabric.setup`` returned.
         optimizer: that ``fabric.setup`` returned; several make one joint step.
-        monitors: as of ``redline.attach``, and so are those that follow.
-        controllers: what may change a step.
         sinks: where readings go, beside Fabric's loggers.
-        schedulers: what is to come back with the optimizer when a controller rolls the run back.
-        logits: callable ``output -> (..., classes)`` or ``output -> (logits, mask of positions that count)``.
-        batch_dim: dimension of the inputs that counts the samples.
-        module: qualified name of the submodule whose forward gives the logits.
-        run: a name for this run.
-        overhead_budget: the share of training time that monitoring may take.
         log_every: optimizer steps between logs; 0 logs nothing.
+        arguments: the others of ``redline.attach``, which says what they mean.
 
     Returns:
         A session, to be used as a context manager or closed by ``session.close()``.
@@ -68,17 +51,10 @@ def attach(
     return attach_as(
         model,
         optimizer,
-        monitors=monitors,
-        controllers=controllers,
         sinks=[*sinks, *logs],
-        schedulers=schedulers,
-        logits=logits,
-        batch_dim=batch_dim,
-        module=module,
-        run=run,
         precision=str(strategy.precision.precision),
         strategy=type(strategy).__name__,
-        overhead_budget=overhead_budget,
+        **arguments,
     )
 
 
@@ -97,34 +73,15 @@ class RedlineFabricCallback:
         session: of the training in progress, or of the last one, closed; None before the first.
     """
 
-    def __init__(
-        self,
-        monitors: list[Monitor] | None = None,
-        controllers: list[Controller] | None = None,
-        sinks: list[Sink] | None = None,
-        module: str | None = None,
-        logits: Callable[[Any], Any] | None = None,
-        batch_dim: int = 0,
-        run: str | None = None,
-        overhead_budget: float | None = None,
-        log_every: int = 50,
-    ) -> None:
+    def __init__(self, *, log_every: int = 50, **arguments: Any) -> None:
         """Set up what ``attach`` is to be called with; it says what the arguments mean.
 
         Raises:
-            ConfigurationError: the budget is no share.
+            ConfigurationError: an argument that ``attach`` does not take, or a budget that is no share.
         """
-        self._arguments: dict[str, Any] = {
-            "monitors": default_monitors() if monitors is None else monitors,
-            "controllers": controllers or [],
-            "sinks": sinks or [],
-            "module": module,
-            "logits": logits,
-            "batch_dim": batch_dim,
-            "run": run,
-            "overhead_budget": checked_share(overhead_budget),
-            "log_every": log_every,
-        }
+        refuse_unknown(arguments)
+        checked_share(arguments.get("overhead_budget"))
+        self._arguments = {**arguments, "log_every": log_every}
         self._resumed: Mapping[str, Any] | None = None
         self.session: Session | None = None
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from redline.controller import Controller
 from redline.errors import ConfigurationError
-from redline.integrations.attach import describe_run
+from redline.integrations.attach import attach_as
 from redline.integrations.trainer_logs import TrainerLogs
 from redline.monitor import Monitor
 from redline.monitors import default_monitors
-from redline.optimizers import raw_optimizers, refuse_engine
+from redline.optimizers import refuse_engine
 from redline.overhead_budget import checked_share
 from redline.session import Session
 from redline.sink import Sink
@@ -104,17 +104,14 @@ class RedlineCallback(Callback):
         loggers: list[Sink] = []
         if trainer.loggers and often:
             loggers = [TrainerLogs(partial(_log, trainer), often, lambda: trainer.global_step)]
-        self.session = Session(
+        self.session = attach_as(
             pl_module,
-            raw_optimizers(trainer.optimizers),
+            trainer.optimizers,
             sinks=[*self._sinks, *loggers],
             schedulers=[config.scheduler for config in trainer.lr_scheduler_configs],
-            run=describe_run(
-                pl_module,
-                self._run,
-                precision=str(trainer.precision),
-                strategy=type(trainer.strategy).__name__,
-            ),
+            run=self._run,
+            precision=str(trainer.precision),
+            strategy=type(trainer.strategy).__name__,
             around_replay=partial(_nothing_logged, pl_module),
             **self._arguments,
         )
