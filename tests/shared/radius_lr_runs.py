@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from runs import ControlledRun
-from step_lengths import BATCH, CLASSES, FEATURES, adamw, adamw_fused, dropping, muon_and_adamw, normalizing, plain, sgd
+from step_lengths import (
+    BATCH,
+    CLASSES,
+    FEATURES,
+    LengthRun,
+    adamw,
+    adamw_fused,
+    dropping,
+    muon_and_adamw,
+    normalizing,
+    plain,
+    sgd,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import redline
 from redline import RadiusLR
 
 R, COMMITTED, SCALE = "redline_normalized_step_size", "redline_committed_step_size", "redline_step_scale"
@@ -41,43 +50,16 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
     return x, x[:, :CLASSES].argmax(1)
 
 
-class Run(ControlledRun):
-    """A model with its optimizers; two made alike are alike."""
+class Run(LengthRun):
+    """On labels that can be learnt."""
 
-    def __init__(
-        self, optimizers: Callable[[nn.Module], list[Optimizer]] = sgd, model: Callable[[], nn.Module] = plain
-    ) -> None:
-        torch.manual_seed(0)
-        self.model = model()
-        self.optimizers = optimizers(self.model)
-        self.session: redline.Session | None = None
+    batch = staticmethod(batch)
 
     def times_rate(self, factor: float) -> Run:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] *= factor
         return self
-
-    def backward(self, seed: int) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        x, y = batch(seed)
-        loss = F.cross_entropy(self.model(x), y)
-        if self.session is not None:
-            self.session.observe(loss=loss)
-        loss.backward()
-
-    def update(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def step(self, seed: int) -> None:
-        self.backward(seed)
-        self.update()
-
-    def steps_of(self, seeds: Iterable[int]) -> None:
-        for seed in seeds:
-            self.step(seed)
 
 
 def prepared(optimizers: Callable[[nn.Module], list[Optimizer]] = sgd, model: Callable[[], nn.Module] = plain) -> Run:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import ControlledRun
-from step_lengths import BATCH, CLASSES, FEATURES, adamw, adamw_fused, muon_and_adamw, plain, sgd
+from step_lengths import BATCH, CLASSES, FEATURES, LengthRun, adamw, adamw_fused, muon_and_adamw, plain, sgd
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
-import redline
 
 EVERY_OPTIMIZER = pytest.mark.parametrize(
     "optimizers", [sgd, adamw, adamw_fused, muon_and_adamw], ids=lambda make: make.__name__
@@ -26,37 +23,10 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, CLASSES, (BATCH,), generator=generator)
 
 
-class Run(ControlledRun):
-    """A model with its optimizers; two made alike are alike."""
+class Run(LengthRun):
+    """On labels drawn at random."""
 
-    def __init__(
-        self, optimizers: Callable[[nn.Module], list[Optimizer]] = sgd, model: Callable[[], nn.Module] = plain
-    ) -> None:
-        torch.manual_seed(0)
-        self.model = model()
-        self.optimizers = optimizers(self.model)
-        self.session: redline.Session | None = None
-
-    def backward(self, seed: int) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        x, y = batch(seed)
-        loss = F.cross_entropy(self.model(x), y)
-        if self.session is not None:
-            self.session.observe(loss=loss)
-        loss.backward()
-
-    def update(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def step(self, seed: int) -> None:
-        self.backward(seed)
-        self.update()
-
-    def steps_of(self, seeds: Iterable[int]) -> None:
-        for seed in seeds:
-            self.step(seed)
+    batch = staticmethod(batch)
 
 
 def prepared(optimizers: Callable[[nn.Module], list[Optimizer]] = sgd, model: Callable[[], nn.Module] = plain) -> Run:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from runs import ControlledRun
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.optim import Optimizer
+
+import redline
 
 FEATURES, CLASSES, BATCH = 6, 3, 16
 
@@ -77,3 +82,39 @@ def assert_scaled(
         expected = before[name].double() + factor * update
         bound = 2 * torch.finfo(torch.float32).eps * (expected.abs() + factor * update.abs())
         assert bool(((actual[name].double() - expected).abs() <= bound).all()), name
+
+
+class LengthRun(ControlledRun):
+    """A model with its optimizers; two made alike are alike."""
+
+    batch: Callable[[int], tuple[Tensor, Tensor]]
+    """The data of a step, by its seed."""
+
+    def __init__(
+        self, optimizers: Callable[[nn.Module], list[Optimizer]] = sgd, model: Callable[[], nn.Module] = plain
+    ) -> None:
+        torch.manual_seed(0)
+        self.model = model()
+        self.optimizers = optimizers(self.model)
+        self.session: redline.Session | None = None
+
+    def backward(self, seed: int) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        x, y = self.batch(seed)
+        loss = F.cross_entropy(self.model(x), y)
+        if self.session is not None:
+            self.session.observe(loss=loss)
+        loss.backward()
+
+    def update(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def step(self, seed: int) -> None:
+        self.backward(seed)
+        self.update()
+
+    def steps_of(self, seeds: Iterable[int]) -> None:
+        for seed in seeds:
+            self.step(seed)
