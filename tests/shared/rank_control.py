@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import redline
 from redline import GhostRadius, NonFiniteGuard, SpikeGuard, StepClamp, StepHealth, UpdateClamp, WeightDecayControl
+from redline.own_time import OwnTime
 
 
 def controllers() -> list[Any]:
@@ -95,15 +97,23 @@ def one_rank_fails(rank: int, how: str, failure: str) -> dict[str, Any]:
 
 
 def budgeted(rank: int) -> list[int]:
-    """The steps at which a costly monitor measured; observing costs rank 1 alone."""
+    """The steps at which a costly monitor measured, by a clock set by hand; observing costs rank 1 alone."""
     measured: list[int] = []
+    now = 0.0
 
     class Costly(redline.Monitor):
         def measure(self, step: Any, readings: Any) -> None:
+            nonlocal now
             measured.append(step.index)
-            time.sleep(0.1 if rank == 1 else 0.0)
+            now += 0.97 if rank == 1 else 0.0
 
-    train("ddp", 60, monitors=[Costly(1), StepHealth()], overhead_budget=0.5)
+    def loss_of(at: int, step: int, loss: Tensor) -> Tensor:
+        nonlocal now
+        now += 0.1
+        return loss
+
+    with patch("redline.session.OwnTime", lambda device: OwnTime(device, lambda: now)):
+        train("ddp", 60, monitors=[Costly(1), StepHealth()], loss_of=loss_of, overhead_budget=0.5)
     return measured
 
 
