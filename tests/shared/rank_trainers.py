@@ -66,6 +66,16 @@ def _by_hand(folder: Path) -> tuple[redline.Session, nn.Module]:
     return train("ddp", STEPS, spike=lambda step: _rate(step) / RATE, **_watching())
 
 
+def _loop(session: redline.Session, net: nn.Module, optimizer: Any, backward: Callable[[Tensor], None]) -> None:
+    for step, (tokens, targets) in enumerate(_mine()):
+        optimizer.param_groups[0]["lr"] = _rate(step)
+        loss = F.cross_entropy(net(tokens).flatten(0, 1), targets.flatten())
+        session.observe(loss=loss)
+        backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def _by_fabric(folder: Path) -> tuple[redline.Session, nn.Module]:
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
@@ -79,13 +89,7 @@ def _by_fabric(folder: Path) -> tuple[redline.Session, nn.Module]:
     raw = model()
     net, optimizer = driver.setup(raw, optimizer_of(raw))
     with attach(driver, net, optimizer, **_watching()) as session:
-        for step, (tokens, targets) in enumerate(_mine()):
-            optimizer.param_groups[0]["lr"] = _rate(step)
-            loss = F.cross_entropy(net(tokens).flatten(0, 1), targets.flatten())
-            session.observe(loss=loss)
-            driver.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
+        _loop(session, net, optimizer, driver.backward)
     return session, raw
 
 
@@ -98,13 +102,7 @@ def _by_accelerate(folder: Path) -> tuple[redline.Session, nn.Module]:
     raw = model()
     net, optimizer = driver.prepare(raw, optimizer_of(raw))
     with attach(driver, net, optimizer, **_watching()) as session:
-        for step, (tokens, targets) in enumerate(_mine()):
-            optimizer.param_groups[0]["lr"] = _rate(step)
-            loss = F.cross_entropy(net(tokens).flatten(0, 1), targets.flatten())
-            session.observe(loss=loss)
-            driver.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
+        _loop(session, net, optimizer, driver.backward)
     return session, raw
 
 

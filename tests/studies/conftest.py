@@ -51,6 +51,18 @@ def load_study() -> Iterator[Callable[[str], ModuleType]]:
     sys.path.remove(str(STUDIES))
 
 
+@pytest.fixture(scope="module")
+def page(request: pytest.FixtureRequest, short_form: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """The short form of the study that a test file is named for."""
+    return short_form(request.path.stem.removeprefix("test_"))
+
+
+@pytest.fixture(scope="module")
+def study(request: pytest.FixtureRequest, load_study: Callable[[str], ModuleType]) -> ModuleType:
+    """That study, as a module."""
+    return load_study(request.path.stem.removeprefix("test_"))
+
+
 @pytest.fixture(scope="session")
 def slow_spread() -> Callable[[nn.Module, Tensor, dict[str, Tensor]], float]:
     """The largest tangent spread by a central difference in float64; the model is one without buffers."""

@@ -9,11 +9,6 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="module")
-def page(short_form):
-    return short_form("conservatism")
-
-
 def test_the_bound_is_one(page):
     trained = [one for one in page["results"] if one["kind"] == "training"]
     assert len({(one["model"], one["optimizer"]) for one in trained}) == 9

@@ -8,11 +8,6 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="module")
-def page(short_form):
-    return short_form("healthy_runs")
-
-
 def of(page, key, **where):
     return [one[key] for one in page["results"] if all(one[name] == value for name, value in where.items())]
 

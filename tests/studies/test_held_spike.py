@@ -7,11 +7,6 @@ import statistics
 import pytest
 
 
-@pytest.fixture(scope="module")
-def page(short_form):
-    return short_form("held_spike")
-
-
 def ends(page, rate, arm):
     return statistics.median(one["course"][-1] for one in page["results"] if (one["rate"], one["arm"]) == (rate, arm))
 

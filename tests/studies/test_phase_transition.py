@@ -11,18 +11,6 @@ import torch.nn.functional as F
 
 from redline.integrations.demo.data import digits
 
-NAME = "phase_transition"
-
-
-@pytest.fixture(scope="module")
-def page(short_form):
-    return short_form(NAME)
-
-
-@pytest.fixture(scope="module")
-def study(load_study):
-    return load_study(NAME)
-
 
 def trained(load_study, name):
     shared = load_study("architectures")

@@ -10,18 +10,6 @@ import torch
 
 from redline.integrations.demo.data import digits
 
-NAME = "random_directions"
-
-
-@pytest.fixture(scope="module")
-def page(short_form):
-    return short_form(NAME)
-
-
-@pytest.fixture(scope="module")
-def study(load_study):
-    return load_study(NAME)
-
 
 def test_no_direction_doubles_the_loss_below_the_radius(page, study):
     assert {one["phase"] for one in page["results"]} == {"early", "middle", "late"}

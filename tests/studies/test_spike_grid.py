@@ -5,11 +5,6 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.fixture(scope="module")
-def page(short_form):
-    return short_form("spike_grid")
-
-
 def accuracy(page, **where):
     [one] = [one for one in page["results"] if all(one[name] == value for name, value in where.items())]
     return one["accuracy"]

@@ -17,11 +17,6 @@ Result = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def page(short_form: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    return short_form("steady_spectra")
-
-
-@pytest.fixture(scope="module")
 def script(load_study: Callable[[str], ModuleType]) -> ModuleType:
     return load_study("steady_spectra")
 

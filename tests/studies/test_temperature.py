@@ -13,18 +13,7 @@ from torch.func import functional_call
 
 from redline.integrations.demo.data import digits
 
-NAME = "temperature"
 TEMPERATURES = [0.25, 0.5, 1, 2, 4, 8]
-
-
-@pytest.fixture(scope="module")
-def page(short_form):
-    return short_form(NAME)
-
-
-@pytest.fixture(scope="module")
-def study(load_study):
-    return load_study(NAME)
 
 
 def learned(page, how):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,16 +17,6 @@ from torch.func import functional_call
 from redline.integrations.demo.data import digits
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "docs" / "evidence" / "which_binds.json"
-
-
-@pytest.fixture(scope="module")
-def page(short_form: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    return short_form("which_binds")
-
-
-@pytest.fixture(scope="module")
-def study(load_study: Callable[[str], ModuleType]) -> ModuleType:
-    return load_study("which_binds")
 
 
 def made_up(*bound: tuple[str, str, str]) -> list[dict[str, Any]]:
