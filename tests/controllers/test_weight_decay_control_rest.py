@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 from weight_decay_runs import (
@@ -18,7 +18,9 @@ from weight_decay_runs import (
     EVERY_OPTIMIZER,
     HEAD,
     IN_FORCE,
+    LAYERS,
     Feedback,
+    Invariant,
     Run,
     adamw,
     true_sigma,
@@ -31,23 +33,6 @@ SIGMA = "redline_weight_spectral_norm"
 
 
 # Runs to rest -----------------------------------------------------------------------------------------------------
-
-
-class Invariant(nn.Module):
-    """Indifferent to the scale of its matrices: each is followed by an RMS norm. The readout does not train."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2))
-        self.register_buffer("readout", 3 * torch.randn(10, width) / width**0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = F.rms_norm(layer(x), (x.shape[-1],))
-        return x @ self.readout.T
-
-
-LAYERS = ["layers.0.weight", "layers.1.weight"]
 
 
 def trained(

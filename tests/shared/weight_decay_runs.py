@@ -54,6 +54,23 @@ class Stack(nn.Module):
         return self.head(torch.tanh(torch.einsum("eij,bj->bi", self.experts, x)))
 
 
+class Invariant(nn.Module):
+    """Indifferent to the scale of its matrices: each is followed by an RMS norm. The readout does not train."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2))
+        self.register_buffer("readout", 3 * torch.randn(10, width) / width**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.rms_norm(layer(x), (x.shape[-1],))
+        return x @ self.readout.T
+
+
+LAYERS = ["layers.0.weight", "layers.1.weight"]
+
+
 class Lion(Optimizer):
     """Chen et al. (arXiv 2302.06675), by hand: sign updates with decoupled decay."""
 

@@ -1,0 +1,11 @@
+"""What the tests of PrometheusExporter share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
