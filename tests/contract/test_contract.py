@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from bits import frozen
 from torch import Tensor, nn
 
 import redline
@@ -119,19 +120,10 @@ class Run:
             self.optimizer.zero_grad()
 
 
-def flat(value: Any) -> Any:
-    """Comparable by ``==``, tensors by their bits."""
-    if isinstance(value, Tensor):
-        return str(value.dtype), tuple(value.shape), value.detach().reshape(-1).view(torch.uint8).tolist()
-    if isinstance(value, dict):
-        return {key: flat(inner) for key, inner in value.items()}
-    return [flat(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
 def everything(run: Run) -> dict[str, Any]:
     """What observing must not change."""
     named = dict(run.model.named_parameters())
-    return flat(
+    return frozen(
         {
             "parameters": named,
             "buffers": dict(run.model.named_buffers()),
@@ -237,7 +229,7 @@ def test_it_can_be_deep_copied_while_in_use(kind: type) -> None:
 @pytest.mark.parametrize("kind", [*MONITORS, *CONTROLLERS])
 def test_its_state_goes_through_a_file_and_back(kind: type) -> None:
     plugin = often(kind)
-    fresh = flat(plugin.state_dict())
+    fresh = frozen(plugin.state_dict())
     run = Run(plugin)
     run.steps(0, 1, 2)
     state = plugin.state_dict()
@@ -245,9 +237,9 @@ def test_its_state_goes_through_a_file_and_back(kind: type) -> None:
     torch.save(state, file)
     file.seek(0)
     twin = often(kind)
-    assert flat(twin.state_dict()) == fresh
+    assert frozen(twin.state_dict()) == fresh
     twin.load_state_dict(torch.load(file, weights_only=True))
-    assert flat(twin.state_dict()) == flat(state)
+    assert frozen(twin.state_dict()) == frozen(state)
     run.session.close()
 
 
@@ -255,7 +247,7 @@ def test_its_state_goes_through_a_file_and_back(kind: type) -> None:
 def test_a_fresh_state_can_be_loaded(kind: type) -> None:
     plugin, twin = often(kind), often(kind)
     twin.load_state_dict(plugin.state_dict())
-    assert flat(twin.state_dict()) == flat(plugin.state_dict())
+    assert frozen(twin.state_dict()) == frozen(plugin.state_dict())
     run = Run(twin)
     run.steps(0)
     run.session.close()

@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from bits import frozen
 from non_finite_guard_runs import Net, actions, adamw, bad_batch, batch, muon_and_adamw
-from runs import frozen
 from torch import Tensor
 from torch.utils.data import DataLoader
 

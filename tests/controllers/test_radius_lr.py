@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from bits import frozen
 from radius_lr_runs import COMMITTED, EVERY_MODEL, EVERY_OPTIMIZER, SCALE, R, Run, bare_sgd, batch, prepared, unlimited
-from runs import frozen
 from step_lengths import assert_scaled, muon_and_adamw, reference
 from torch import nn
 from torch.optim import Optimizer

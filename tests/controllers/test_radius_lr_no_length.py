@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from bits import frozen
 from radius_lr_runs import COMMITTED, EVERY_OPTIMIZER, SCALE, Run, bare_sgd, batch, prepared, unlimited
-from runs import frozen
 from step_lengths import adamw, plain, reference
 from torch import Tensor, nn
 from torch.optim import Optimizer

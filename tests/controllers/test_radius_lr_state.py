@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bits import frozen
 from radius_lr_runs import EVERY_MODEL, Run, bare_sgd, unlimited
-from runs import frozen
 from step_lengths import CLASSES, FEATURES, adamw, adamw_fused, muon_and_adamw, plain
 from torch import nn
 from torch.optim import Optimizer

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from bits import frozen
 from lightning.pytorch.callbacks import ModelCheckpoint
 from resume_runs import (
     STEPS,
@@ -23,7 +24,6 @@ from resume_runs import (
     non_finite,
     spike,
 )
-from runs import frozen
 from step_lengths import muon_and_adamw
 from torch import Tensor
 from torch.optim.lr_scheduler import ExponentialLR

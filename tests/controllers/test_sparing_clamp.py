@@ -10,7 +10,8 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import ControlledRun, frozen
+from bits import frozen
+from runs import ControlledRun
 from torch import Tensor, nn
 
 import redline

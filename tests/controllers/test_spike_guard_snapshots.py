@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import frozen
 from rich.console import Console
 from spike_guard_runs import (
     EVERY_OPTIMIZER,
@@ -17,7 +18,6 @@ from spike_guard_runs import (
     adamw_fused,
     adamw_with_a_rate_in_a_tensor,
     assert_same,
-    bits,
     falling,
     muon_and_adamw,
     sgd,
@@ -189,11 +189,11 @@ def test_a_state_taken_is_not_changed_by_the_run_that_goes_on() -> None:
     guarded = Run(sgd, falling, [redline.SpikeGuard(patience=0)])
     guarded.steps(30)
     state = guarded.session.state_dict()
-    then = bits(state)
+    then = frozen(state)
     guarded.step(spoil=["parameters"])
     guarded.steps(30)
     assert [action for _, action in guarded.did] == ["rollback"]
-    assert bits(state) == then
+    assert frozen(state) == then
 
 
 def test_a_run_is_not_changed_by_another_that_loaded_its_state() -> None:

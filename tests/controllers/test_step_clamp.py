@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from runs import frozen
+from bits import frozen
 from step_clamp_runs import EVERY_OPTIMIZER, Run, batch, prepared
 from step_lengths import assert_scaled, dropping, normalizing, plain, reference
 from torch import nn

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import HostReads, frozen
+from bits import frozen
+from runs import HostReads
 from step_clamp_runs import EVERY_OPTIMIZER, Answering, Run, batch, overlong, prepared
 from step_lengths import adamw, adamw_fused, dropping, muon_and_adamw, normalizing, plain, sgd
 from torch import Tensor, nn

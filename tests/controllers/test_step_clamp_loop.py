@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import frozen
+from bits import frozen
 from step_clamp_runs import Run, batch
 from step_lengths import assert_scaled, reference
 from torch import nn

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import pytest
-from runs import frozen
+from bits import frozen
 from step_clamp_runs import EVERY_OPTIMIZER, overlong, prepared
 from torch import nn
 from torch.optim import Optimizer

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import frozen
+from bits import frozen
 from step_clamp_runs import Answering, Run, batch
 from step_lengths import CLASSES, plain, sgd
 from torch import Tensor

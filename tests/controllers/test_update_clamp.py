@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import frozen
+from bits import frozen
 from torch import nn
 from torch.optim import Optimizer
 from update_clamp_runs import (

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import frozen
+from bits import frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from update_clamp_runs import (

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import frozen
+from bits import frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from weight_decay_runs import (

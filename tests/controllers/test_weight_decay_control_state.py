@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import HostReads, frozen
+from bits import frozen
+from runs import HostReads
 from torch import nn
 from torch.optim import Optimizer
 from weight_decay_runs import (

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import assert_same_bits, frozen
 from matrix_decision_runs import (
     COUPLED,
     DECAYS,
@@ -19,9 +20,7 @@ from matrix_decision_runs import (
     Make,
     Numbers,
     Run,
-    assert_same_bits,
     at,
-    bits,
     decaying,
     each,
     muon_and_adamw,
@@ -141,7 +140,7 @@ def test_of_a_refused_step_nothing_is_carried_out_and_the_run_can_go_on(numbers:
         coupled = run.twin()
         coupled.step(3)
         run.step(3)
-    assert bits(run.parameters["wide.weight"]) == bits(coupled.parameters["wide.weight"])
+    assert frozen(run.parameters["wide.weight"]) == frozen(coupled.parameters["wide.weight"])
     expected = before["experts"] * (1 - 0.125 * WD) + each({"experts[1]": 0.1}, 1.0, "experts") * net["experts"]
     torch.testing.assert_close(run.parameters["experts"], expected, rtol=0, atol=1e-14)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import assert_same_bits, frozen
 from matrix_decision_runs import (
     DECAYS,
     FACTORS,
@@ -25,8 +26,6 @@ from matrix_decision_runs import (
     Run,
     answers,
     assert_committed,
-    assert_same_bits,
-    bits,
     decaying,
     each,
     elsewhere,
@@ -310,7 +309,7 @@ def test_a_matrix_without_a_gradient_stays_where_the_optimizer_leaves_it(make: M
     controller = Deciding(scaling(FACTORS, numbers))
     with run.attach(controller):
         run.update()
-    assert bits(run.parameters["wide.weight"]) == bits(before["wide.weight"])
+    assert frozen(run.parameters["wide.weight"]) == frozen(before["wide.weight"])
     assert not controller.net[0]["wide.weight"].any()
     net["wide.weight"], decays["wide.weight"] = torch.zeros_like(net["wide.weight"]), 0.0
     assert_committed(run, before, net, run.rates, decays, factors=FACTORS)

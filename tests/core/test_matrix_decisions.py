@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import assert_same_bits, frozen
 from matrix_decision_runs import (
     COUPLED,
     DECAYS,
@@ -20,8 +21,6 @@ from matrix_decision_runs import (
     Numbers,
     Run,
     assert_committed,
-    assert_same_bits,
-    bits,
     decaying,
     each,
     muon_and_adamw,
@@ -68,7 +67,7 @@ def test_scale_matrices_commits_a_share_of_the_update_net_of_decay_and_the_decay
     with run.attach(controller):
         run.step(2)
     assert_committed(run, before, net, run.rates, decays, factors=FACTORS)
-    assert bits(run.parameters["wide.bias"]) == bits(alone.parameters["wide.bias"]), "a vector was not decided on"
+    assert frozen(run.parameters["wide.bias"]) == frozen(alone.parameters["wide.bias"]), "a vector was not decided on"
     assert run.state == alone.state, "moments and counters are the optimizer's own"
     moved = (run.parameters["wide.weight"] - alone.parameters["wide.weight"]).abs().max()
     assert float(moved) > 1e-3, "the decision shows"
@@ -154,9 +153,9 @@ def test_factor_of_one_among_others_leaves_the_optimizers_own_bits(dtype: torch.
     with run.attach(Deciding(scaling({"one": 1.0, "stack[0]": 1.0, "stack[1]": 0.5}, numbers))) as session:
         zero_fed(run, 0)
     here, there = run.parameters, alone.parameters
-    assert bits(here["one"]) == bits(there["one"])
-    assert bits(here["stack"][0]) == bits(there["stack"][0])
-    assert bits(here["stack"][2]) == bits(there["stack"][2]), "the third was not decided on"
+    assert frozen(here["one"]) == frozen(there["one"])
+    assert frozen(here["stack"][0]) == frozen(there["stack"][0])
+    assert frozen(here["stack"][2]) == frozen(there["stack"][2]), "the third was not decided on"
     assert not torch.equal(here["stack"][1], there["stack"][1])
     assert len(session.interventions) == 1
 
@@ -208,8 +207,8 @@ def test_factor_of_zero_drops_an_update_that_is_not_finite_and_keeps_the_decay(
     assert not alone.parameters["wide.weight"].isfinite().all(), "the optimizer's own was not finite"
     assert all(tensor.isfinite().all() for tensor in after.seen[0].values()), "and nobody sees it any more"
     if not weight_decay:
-        assert bits(run.parameters["wide.weight"]) == bits(before["wide.weight"])
-        assert bits(run.parameters["experts"][1]) == bits(before["experts"][1])
+        assert frozen(run.parameters["wide.weight"]) == frozen(before["wide.weight"])
+        assert frozen(run.parameters["experts"][1]) == frozen(before["experts"][1])
 
 
 # Decay ------------------------------------------------------------------------------------------------------------
@@ -224,7 +223,7 @@ def test_decay_moves_each_matrix_by_its_own(make: Make, numbers: Numbers) -> Non
     with run.attach(Deciding(decaying(DECAYS, numbers)), second):
         run.step(2)
     assert_committed(run, before, net, run.rates, decays, decays=DECAYS)
-    assert bits(run.parameters["wide.bias"]) == bits(alone.parameters["wide.bias"])
+    assert frozen(run.parameters["wide.bias"]) == frozen(alone.parameters["wide.bias"])
     assert run.state == alone.state
     for name, rates in second.rates[0].items():
         in_force = each(DECAYS, decays[name] / run.rates[name], name)
@@ -285,9 +284,9 @@ def test_matrices_of_a_stack_that_are_not_decided_on_keep_the_optimizers_own_bit
             zero_fed(alone, 0)
             zero_fed(run, 0)
         here, there = run.parameters, alone.parameters
-        assert bits(here["one"]) == bits(there["one"])
-        assert bits(here["stack"][0]) == bits(there["stack"][0])
-        assert bits(here["stack"][2]) == bits(there["stack"][2])
+        assert frozen(here["one"]) == frozen(there["one"])
+        assert frozen(here["stack"][0]) == frozen(there["stack"][0])
+        assert frozen(here["stack"][2]) == frozen(there["stack"][2])
         assert not torch.equal(here["stack"][1], there["stack"][1])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import frozen
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer, RMSprop
 
@@ -223,24 +224,6 @@ class Run:
     @property
     def state(self) -> Any:
         return frozen([optimizer.state_dict() for optimizer in self.optimizers])
-
-
-def frozen(value: Any) -> Any:
-    """A copy that compares by bits: tensors as their type and bytes."""
-    if isinstance(value, Tensor):
-        return str(value.dtype), tuple(value.shape), bits(value)
-    if isinstance(value, dict):
-        return {key: frozen(inner) for key, inner in value.items()}
-    return [frozen(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def assert_same_bits(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    assert [name for name in expected if bits(actual[name]) != bits(expected[name])] == []
 
 
 def each(values: Mapping[str, float], default: float, name: str) -> Tensor:

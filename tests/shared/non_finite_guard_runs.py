@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import frozen
+from bits import frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
 

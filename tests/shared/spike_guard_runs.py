@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bits import frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
@@ -206,21 +207,10 @@ def copied(state: dict[str, Any]) -> dict[str, Any]:
     return tree_map(lambda value: value.detach().clone() if isinstance(value, Tensor) else value, dict(state))
 
 
-def bits(value: Any) -> Any:
-    """A value of plain containers that is equal only to one of the same bits."""
-    if isinstance(value, Tensor):
-        return value.dtype, tuple(value.shape), value.detach().contiguous().numpy().tobytes()
-    if isinstance(value, float):
-        return value.hex()
-    if isinstance(value, dict):
-        return {key: bits(one) for key, one in value.items()}
-    return [bits(one) for one in value] if isinstance(value, (list, tuple)) else value
-
-
 def assert_same(one: Any, other: Any) -> None:
-    assert bits(one) == bits(other)
+    assert frozen(one) == frozen(other)
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
     """The parts of two states that are not the same bits."""
-    return {name for name in one.keys() | other.keys() if bits(one.get(name)) != bits(other.get(name))}
+    return {name for name in one.keys() | other.keys() if frozen(one.get(name)) != frozen(other.get(name))}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bits import frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -59,22 +60,14 @@ def batches(count: int, size: int = 8) -> list[tuple[Tensor, Tensor]]:
 def in_bits(model: nn.Module, optimizer: Optimizer) -> Any:
     """Parameters, buffers, gradients, optimizer state, modes and random streams."""
     return (
-        _bits(model.state_dict()),
-        _bits([parameter.grad for parameter in model.parameters()]),
-        _bits(optimizer.state_dict()),
+        frozen(model.state_dict()),
+        frozen([parameter.grad for parameter in model.parameters()]),
+        frozen(optimizer.state_dict()),
         [module.training for module in model.modules()],
-        _bits(torch.get_rng_state()),
+        frozen(torch.get_rng_state()),
         random.getstate(),
         np.random.get_state()[1].tobytes(),  # noqa: NPY002
     )
-
-
-def _bits(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    if isinstance(value, Mapping):
-        return {key: _bits(inner) for key, inner in value.items()}
-    return [_bits(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bits import frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -170,24 +171,6 @@ class Run:
     @property
     def state(self) -> list[Any]:
         return [frozen(optimizer.state_dict()) for optimizer in self.optimizers]
-
-
-def frozen(value: Any) -> Any:
-    """A copy that compares by bits: tensors as their type and bytes."""
-    if isinstance(value, Tensor):
-        return str(value.dtype), tuple(value.shape), bits(value)
-    if isinstance(value, dict):
-        return {key: frozen(inner) for key, inner in value.items()}
-    return [frozen(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    assert [name for name in expected if bits(actual[name]) != bits(expected[name])] == []
 
 
 def assert_scaled(

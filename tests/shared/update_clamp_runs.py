@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import frozen
+from bits import frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
 

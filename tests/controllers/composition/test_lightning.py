@@ -13,9 +13,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from bits import frozen
 from composition_runs import Run, batch
 from lightning_runs import QUIET
-from runs import frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset

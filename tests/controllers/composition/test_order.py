@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from bits import frozen
 from composition_runs import EVERY_OPTIMIZER, FIVE, SCALE, Run, batch
-from runs import frozen
 from step_lengths import reference
 from torch import nn
 from torch.optim import Optimizer

@@ -6,8 +6,8 @@ import io
 from collections.abc import Callable
 
 import torch
+from bits import frozen
 from composition_runs import EVERY_OPTIMIZER, FIVE, Run
-from runs import frozen
 from torch import nn
 from torch.optim import Optimizer
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from bits import assert_same_bits
 from torch import nn
 from torch.optim import Optimizer
-from transaction_runs import Deciding, assert_same_bits, assert_scaled, at, norm, prepared, scaling
+from transaction_runs import Deciding, assert_scaled, at, norm, prepared, scaling
 
 import redline
 from redline import Reject, Step, Withhold

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from bits import assert_same_bits
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transaction_runs import Deciding, Descent, Run, adam, assert_same_bits, assert_scaled, norm, scaling, withholding
+from transaction_runs import Deciding, Descent, Run, adam, assert_scaled, norm, scaling, withholding
 
 import redline
 from redline import ConfigurationError, Scale

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from bits import assert_same_bits
 from torch import nn
 from torch.optim import Optimizer
-from transaction_runs import EVERY_OPTIMIZER, Deciding, Joint, assert_same_bits, norm, prepared, scaling
+from transaction_runs import EVERY_OPTIMIZER, Deciding, Joint, norm, prepared, scaling
 
 import redline
 from redline import ConfigurationError, ControllerError, Scale, Step, Withhold

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from bits import assert_same_bits
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transaction_runs import EVERY_OPTIMIZER, Deciding, Descent, Joint, Run, assert_same_bits, at, prepared, scaling
+from transaction_runs import EVERY_OPTIMIZER, Deciding, Descent, Joint, Run, at, prepared, scaling
 
 import redline
 from redline import ConfigurationError, ControllerError, Need, Reject, RunStoppedError, Scale

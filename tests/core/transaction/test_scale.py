@@ -6,22 +6,10 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from bits import assert_same_bits, frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transaction_runs import (
-    EVERY_OPTIMIZER,
-    Deciding,
-    Joint,
-    Linear,
-    Run,
-    assert_same_bits,
-    assert_scaled,
-    bits,
-    norm,
-    prepared,
-    scaling,
-    sgd,
-)
+from transaction_runs import EVERY_OPTIMIZER, Deciding, Joint, Linear, Run, assert_scaled, norm, prepared, scaling, sgd
 
 import redline
 from redline import ConfigurationError, Need, Scale, Step
@@ -200,8 +188,8 @@ def test_several_parameters_each_by_its_own_factor() -> None:
     with run.attach(controller) as session:
         run.step(3)
     assert_scaled(run.parameters, before, alone.parameters, factors)
-    assert bits(run.parameters["body.bias"]) == bits(before["body.bias"])
-    assert bits(run.parameters["head.weight"]) == bits(alone.parameters["head.weight"])
+    assert frozen(run.parameters["body.bias"]) == frozen(before["body.bias"])
+    assert frozen(run.parameters["head.weight"]) == frozen(alone.parameters["head.weight"])
     assert [one.action for one in session.interventions] == ["scale"] * 3, "a factor of 1 leaves no trace"
 
 

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bits import assert_same_bits
 from torch import Tensor
-from transaction_runs import (
-    Deciding,
-    Run,
-    assert_same_bits,
-    assert_scaled,
-    at,
-    muon_and_adamw,
-    prepared,
-    scaling,
-    withholding,
-)
+from transaction_runs import Deciding, Run, assert_scaled, at, muon_and_adamw, prepared, scaling, withholding
 
 from redline import Reject
 

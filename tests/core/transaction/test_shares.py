@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix_decision_runs import (
-    bits,
-)
+from bits import frozen
 from torch import Tensor, nn
 
 from redline import (
@@ -66,7 +64,7 @@ def test_shrinking_by_nothing_and_back_leaves_the_bits(form: Callable[[float], A
     made.shrink("one", form(-0.25))
     made.scale_net("one", form(1.0), form(0.5))
     made.commit()
-    assert bits(parameter) == bits(after)
+    assert frozen(parameter) == frozen(after)
 
 
 def test_shrinking_alone_starts_from_what_the_optimizer_wrote() -> None:

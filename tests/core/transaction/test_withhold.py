@@ -6,19 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bits import assert_same_bits
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transaction_runs import (
-    EVERY_OPTIMIZER,
-    Deciding,
-    Joint,
-    Run,
-    adam,
-    assert_same_bits,
-    muon_and_adamw,
-    prepared,
-    withholding,
-)
+from transaction_runs import EVERY_OPTIMIZER, Deciding, Joint, Run, adam, muon_and_adamw, prepared, withholding
 
 import redline
 from redline import Need, Step, Withhold
