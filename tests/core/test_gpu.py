@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from sinks import Keep
 from torch import Tensor, nn
 
 import redline
@@ -73,24 +74,13 @@ def test_monitors_do_not_wait_for_the_device():
         assert session.notes == ()
 
 
-class Keeping(redline.Sink):
-    """Keeps what it is handed."""
-
-    def __init__(self, every: int) -> None:
-        super().__init__(every)
-        self.snapshots: list[redline.Snapshot] = []
-
-    def emit(self, snapshot: redline.Snapshot) -> None:
-        self.snapshots.append(snapshot)
-
-
 @pytest.mark.parametrize("controllers", [lambda: [], lambda: [redline.UpdateClamp(1e-4)]], ids=["watched", "held"])
 def test_snapshots_come_without_a_wait_and_are_those_of_a_run_that_waits(controllers, monkeypatch):
     def run(waits: bool) -> tuple[list[redline.Snapshot], list[redline.Intervention]]:
         model = language_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         monitors = [redline.WeightSpectrum(5), redline.UpdateSpectrum(5), redline.GhostRadius(2), redline.StepHealth()]
-        sink = Keeping(5)
+        sink = Keep(5)
         data = batches(24, "cuda")
         with redline.attach(
             model, optimizer, monitors=monitors, controllers=controllers(), sinks=[sink], run="run"

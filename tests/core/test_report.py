@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from sinks import Keep
 from torch import nn
 
 import redline
@@ -332,17 +333,6 @@ def test_the_report_is_plain_data():
 
 
 # Of a real run -------------------------------------------------------------------------------------------------------
-
-
-class Keep(redline.Sink):
-    """Keeps every snapshot it is handed."""
-
-    def __init__(self, every: int = 1) -> None:
-        super().__init__(every)
-        self.snapshots: list[Snapshot] = []
-
-    def emit(self, snapshot: Snapshot) -> None:
-        self.snapshots.append(snapshot)
 
 
 def train(sinks: Sequence[redline.Sink], steps: int = 12) -> tuple[StabilityReport, list[float]]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from recorded_runs import RecordedRun
 from runs import HostReads
+from sinks import Keep
 
-import redline
 from redline import Series, Snapshot
 from redline.margins import StepMargins, fragile_samples
 from redline.trail import Trail
@@ -18,16 +18,12 @@ from redline.trail import Trail
 LOSS, R = Series("redline_loss"), Series("redline_normalized_step_size")
 
 
-class Keeping(redline.Sink):
-    """Keeps what it is handed; its last snapshot too, if it asks for it."""
+class Keeping(Keep):
+    """Keeps its last snapshot too, if it asks for it."""
 
     def __init__(self, every: Any = 1) -> None:
         super().__init__(every)
-        self.snapshots: list[Snapshot] = []
         self.last: list[Snapshot] = []
-
-    def emit(self, snapshot: Snapshot) -> None:
-        self.snapshots.append(snapshot)
 
     def finish(self, snapshot: Snapshot) -> None:
         self.last.append(snapshot)

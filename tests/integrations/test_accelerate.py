@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sinks import Keep
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from trainer_runs import (
     CLASSES,
     Counting,
     Delicate,
-    Keep,
     R,
     batches,
     every_step,
@@ -42,14 +42,6 @@ from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, DummyOptim
 from redline.integrations.accelerate import attach, own_forward
 
 METHODS = "redline_tangent_fallbacks_total"
-
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    """accelerate keeps precision and devices for the whole process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sinks import Keep
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from trainer_runs import (
@@ -19,7 +20,6 @@ from trainer_runs import (
     FEATURES,
     Counting,
     Delicate,
-    Keep,
     R,
     batches,
     every_step,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sinks import Keep
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
@@ -133,20 +134,6 @@ def trainer(*callbacks: pl.Callback, **arguments: Any) -> pl.Trainer:
         "enable_model_summary": False,
     }
     return pl.Trainer(callbacks=list(callbacks), **{**quiet, **arguments})
-
-
-class Keep(redline.Sink):
-    """Keeps every snapshot."""
-
-    def __init__(self, every: int = 1) -> None:
-        super().__init__(every)
-        self.snapshots: list[redline.Snapshot] = []
-
-    def emit(self, snapshot: redline.Snapshot) -> None:
-        self.snapshots.append(snapshot)
-
-    def values(self, metric: str, **labels: str) -> list[float]:
-        return [snapshot.value(metric, **labels) for snapshot in self.snapshots]
 
 
 def measuring_r(**arguments: Any) -> tuple[RedlineCallback, Keep]:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sinks import Keep
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import redline
-from redline import Need, Readings, Scale, Snapshot, Step
+from redline import Need, Readings, Scale, Step
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,20 +47,16 @@ class Watching(redline.Monitor):
         self.act(step, readings)
 
 
-class Keeping(redline.Sink):
-    """Keeps what it is handed."""
+class Keeping(Keep):
+    """Keeps all that it is handed."""
 
     def __init__(self, every: int | Callable[[int], bool] = 1) -> None:
         super().__init__(every)
         self.opened: list[redline.RunInfo] = []
-        self.snapshots: list[Snapshot] = []
         self.reports: list[redline.StabilityReport] = []
 
     def open(self, run: redline.RunInfo) -> None:
         self.opened.append(run)
-
-    def emit(self, snapshot: Snapshot) -> None:
-        self.snapshots.append(snapshot)
 
     def close(self, report: redline.StabilityReport) -> None:
         self.reports.append(report)

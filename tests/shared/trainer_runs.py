@@ -94,20 +94,6 @@ def reference_r(
     return float(spread.max() if counts is None else spread[counts].max()) / math.pi
 
 
-class Keep(redline.Sink):
-    """Keeps every snapshot."""
-
-    def __init__(self, every: int = 1) -> None:
-        super().__init__(every)
-        self.snapshots: list[redline.Snapshot] = []
-
-    def emit(self, snapshot: redline.Snapshot) -> None:
-        self.snapshots.append(snapshot)
-
-    def values(self, metric: str) -> list[float]:
-        return [snapshot.value(metric) for snapshot in self.snapshots]
-
-
 def every_step() -> list[redline.Monitor]:
     """The default monitors, due at each step or every few."""
     return [

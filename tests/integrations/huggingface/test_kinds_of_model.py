@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from sinks import Keep
 from torch import Tensor, nn
-from trainer_runs import Keep, R, every_step, seed
+from trainer_runs import R, every_step, seed
 
 import redline
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_runs import Keep, R, every_step
+from sinks import Keep
+from trainer_runs import R, every_step
 
 pytest.importorskip("transformers")
 from huggingface_runs import Training

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sinks import Keep
 from torch import Tensor, nn
-from trainer_runs import Keep, R
+from trainer_runs import R
 
 import redline
 

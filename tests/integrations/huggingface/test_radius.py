@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sinks import Keep
 from torch import Tensor, nn
-from trainer_runs import Keep, R, reference_r
+from trainer_runs import R, reference_r
 
 import redline
 

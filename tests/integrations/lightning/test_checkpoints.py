@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_runs import QUIET, CallsItself, Keep, R, data, seed, trainer
+from lightning_runs import QUIET, CallsItself, R, data, seed, trainer
+from sinks import Keep
 from torch import Tensor
 
 import redline

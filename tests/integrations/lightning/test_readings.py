@@ -14,7 +14,6 @@ from lightning_runs import (
     QUIET,
     CallsItself,
     CallsItsNet,
-    Keep,
     Proposal,
     R,
     Task,
@@ -24,6 +23,7 @@ from lightning_runs import (
     seed,
     trainer,
 )
+from sinks import Keep
 from torch import Tensor
 
 from redline.integrations.lightning import RedlineCallback

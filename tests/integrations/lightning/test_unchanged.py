@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from lightning_runs import CLASSES, FEATURES, QUIET, CallsItself, Keep, R, TwoOptimizers, data, seed, trainer
+from lightning_runs import CLASSES, FEATURES, QUIET, CallsItself, R, TwoOptimizers, data, seed, trainer
+from sinks import Keep
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
