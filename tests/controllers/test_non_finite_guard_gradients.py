@@ -15,15 +15,14 @@ from non_finite_guard_runs import (
     Spoil,
     actions,
     adamw,
-    adamw_fused,
     bad_batch,
     batch,
     gradients_of,
     is_finite,
-    sgd,
 )
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch_optimizers import adamw_fused, sgd
 
 from redline import NonFiniteGuard
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bits import frozen
-from non_finite_guard_runs import Net, actions, adamw, bad_batch, batch, muon_and_adamw
+from non_finite_guard_runs import Net, actions, adamw, bad_batch, batch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch_optimizers import muon_and_adamw
 
 from redline import NonFiniteGuard, RunStoppedError
 from redline.integrations.lightning import RedlineCallback

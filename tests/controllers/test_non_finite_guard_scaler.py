@@ -9,20 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from non_finite_guard_runs import (
-    Run,
-    actions,
-    adamw,
-    adamw_foreach,
-    adamw_fused,
-    batch,
-    gradients_of,
-    is_finite,
-    sgd,
-    sgd_fused,
-)
+from non_finite_guard_runs import Run, actions, adamw, batch, gradients_of, is_finite, sgd_fused
 from torch import nn
 from torch.optim import Optimizer
+from torch_optimizers import adamw_foreach, adamw_fused, sgd
 
 from redline import NonFiniteGuard
 

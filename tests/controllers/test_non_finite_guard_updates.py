@@ -17,10 +17,10 @@ from non_finite_guard_runs import (
     bad_batch,
     batch,
     gradients_of,
-    muon_and_adamw,
 )
 from torch import nn
 from torch.optim import Optimizer
+from torch_optimizers import muon_and_adamw
 
 from redline import NonFiniteGuard, RunStoppedError
 

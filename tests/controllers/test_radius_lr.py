@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from bits import frozen
 from radius_lr_runs import COMMITTED, EVERY_MODEL, EVERY_OPTIMIZER, SCALE, R, Run, bare_sgd, batch, prepared, unlimited
-from step_lengths import assert_scaled, muon_and_adamw, reference
+from step_lengths import assert_scaled, reference
 from torch import nn
 from torch.optim import Optimizer
+from torch_optimizers import muon_and_adamw
 
 from redline import GhostRadius, RadiusLR
 

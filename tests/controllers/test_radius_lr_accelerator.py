@@ -9,9 +9,9 @@ import pytest
 import torch
 from radius_lr_runs import COMMITTED, EVERY_MODEL, EVERY_OPTIMIZER, SCALE, Run, unlimited
 from runs import HostReads
-from step_lengths import adamw_fused
 from torch import nn
 from torch.optim import Optimizer
+from torch_optimizers import adamw_fused
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from radius_lr_runs import COMMITTED, SCALE, Run, bare_sgd, batch, prepared
-from step_lengths import CLASSES, FEATURES, adamw, muon_and_adamw, plain, reference
+from step_lengths import CLASSES, FEATURES, plain, reference
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch_optimizers import adamw, muon_and_adamw
 
 from redline import RadiusLR
 

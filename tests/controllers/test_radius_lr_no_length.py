@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from bits import frozen
 from radius_lr_runs import COMMITTED, EVERY_OPTIMIZER, SCALE, Run, bare_sgd, batch, prepared, unlimited
-from step_lengths import adamw, plain, reference
+from step_lengths import plain, reference
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch_optimizers import adamw
 
 import redline
-from redline import NonFiniteGuard, RedlineWarning, RunStoppedError
+from redline import NonFiniteGuard, RunStoppedError
 
 
 @EVERY_OPTIMIZER
@@ -129,25 +130,3 @@ def test_a_rejected_step_is_no_step_where_a_guard_restores_the_state() -> None:
         alone.step(4)
     assert run.everything == alone.everything
     assert [one.action for one in session.interventions] == ["reject", "scale"]
-
-
-def test_a_step_without_a_forward_is_left_alone_once_one_was_measured() -> None:
-    run = Run()
-    with run.attach(unlimited()) as session:
-        run.step(1)
-        alone = run.uncontrolled()
-        for seed in (2, 3):
-            for one in (alone, run):
-                for k, parameter in enumerate(one.model.parameters()):
-                    generator = torch.Generator().manual_seed(10 * seed + k)
-                    parameter.grad = torch.randn(parameter.shape, generator=generator)
-            alone.update()
-            if seed == 2:
-                with pytest.warns(RedlineWarning, match="was not called in training mode"):
-                    run.update()
-            else:
-                run.update()  # said once; again would be an error here
-        assert run.everything == alone.everything
-        assert session.latest.measured_at[redline.Series(COMMITTED)] == 0
-        assert session.latest.value(SCALE) == 1
-    assert len(session.interventions) == 1

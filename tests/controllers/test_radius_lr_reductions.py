@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from radius_lr_runs import batch, prepared, unlimited
-from step_lengths import BATCH, normalizing, reference, sgd, spreads
+from step_lengths import BATCH, normalizing, reference, spreads
 from torch import Tensor
+from torch_optimizers import sgd
 
 
 @pytest.mark.parametrize("reduction", ["max", 1.0, 1, 0.9, 0.5, 0.1])

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch.nn.functional as F
 from radius_lr_runs import Run, batch, unlimited
-from step_lengths import CLASSES, plain, sgd
+from step_lengths import CLASSES, plain
 from torch import Tensor, nn
+from torch_optimizers import sgd
 
 from redline import ConfigurationError, NonFiniteGuard, RadiusLR, RedlineWarning
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from bits import frozen
 from radius_lr_runs import EVERY_MODEL, Run, bare_sgd, unlimited
-from step_lengths import CLASSES, FEATURES, adamw, adamw_fused, muon_and_adamw, plain
+from step_lengths import CLASSES, FEATURES, plain
 from torch import nn
 from torch.optim import Optimizer
+from torch_optimizers import adamw, adamw_fused, muon_and_adamw
 
 from redline import RadiusLR
 

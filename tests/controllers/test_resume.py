@@ -22,15 +22,11 @@ from resume_runs import (
     spike,
     trace,
 )
-from step_lengths import adamw_fused, muon_and_adamw
 from torch import nn
 from torch.optim import Optimizer
+from torch_optimizers import adamw_foreach, adamw_fused, muon_and_adamw
 
 import redline
-
-
-def adamw_foreach(model: nn.Module) -> list[Optimizer]:
-    return [torch.optim.AdamW(model.parameters(), 1e-2, foreach=True)]
 
 
 def non_finite_with_state() -> list[redline.Controller]:

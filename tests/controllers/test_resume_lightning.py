@@ -24,10 +24,10 @@ from resume_runs import (
     non_finite,
     spike,
 )
-from step_lengths import muon_and_adamw
 from torch import Tensor
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader, TensorDataset
+from torch_optimizers import muon_and_adamw
 
 import redline
 from redline.integrations.lightning import RedlineCallback

@@ -10,18 +10,17 @@ from spike_guard_runs import (
     EVERY_OPTIMIZER,
     Run,
     adamw_foreach,
-    adamw_fused,
     adamw_with_a_rate_in_a_tensor,
     assert_same,
     differing,
     falling,
-    muon_and_adamw,
     no_schedulers,
     one_cycle,
     sgd,
 )
 from torch import nn
 from torch.optim import Optimizer
+from torch_optimizers import adamw_fused, muon_and_adamw
 
 import redline
 

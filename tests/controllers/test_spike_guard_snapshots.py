@@ -15,17 +15,16 @@ from spike_guard_runs import (
     Net,
     Run,
     adamw_foreach,
-    adamw_fused,
     adamw_with_a_rate_in_a_tensor,
     assert_same,
     falling,
-    muon_and_adamw,
     sgd,
 )
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
+from torch_optimizers import adamw_fused, muon_and_adamw
 
 import redline
 

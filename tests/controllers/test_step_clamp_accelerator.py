@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from bits import frozen
 from runs import HostReads
 from step_clamp_runs import EVERY_OPTIMIZER, Answering, Run, batch, overlong, prepared
-from step_lengths import adamw, adamw_fused, dropping, muon_and_adamw, normalizing, plain, sgd
+from step_lengths import dropping, normalizing, plain
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch_optimizers import adamw, adamw_fused, muon_and_adamw, sgd
 
 import redline
 from redline import NonFiniteGuard, RunStoppedError, SpikeGuard, StepClamp

@@ -13,8 +13,7 @@ from step_lengths import assert_scaled, reference
 from torch import nn
 from torch.optim import Optimizer
 
-import redline
-from redline import RedlineWarning, StepClamp
+from redline import StepClamp
 
 
 def test_under_accumulation_r_is_that_of_the_last_micro_batch() -> None:
@@ -67,26 +66,3 @@ def test_under_a_grad_scaler_the_step_that_is_taken_is_clamped_and_the_skipped_o
     assert one.saw["r"] == pytest.approx(r, rel=1e-4)
     assert_scaled(run.parameters, before, alone.parameters, one.saw["scale"])
     assert of_run.state_dict() == of_alone.state_dict()
-
-
-def test_a_step_without_a_forward_is_left_alone_once_one_was_measured() -> None:
-    run = Run()
-    with run.attach(StepClamp(1e-3)) as session:
-        run.step(1)
-        assert len(session.interventions) == 1
-        alone = run.uncontrolled()
-        for seed in (2, 3):
-            for one in (alone, run):
-                for k, parameter in enumerate(one.model.parameters()):
-                    generator = torch.Generator().manual_seed(10 * seed + k)
-                    parameter.grad = torch.randn(parameter.shape, generator=generator)
-            alone.update()
-            if seed == 2:
-                with pytest.warns(RedlineWarning, match="was not called in training mode"):
-                    run.update()
-            else:
-                run.update()  # said once; again would be an error here
-        assert run.everything == alone.everything
-        assert session.latest.measured_at[redline.Series("redline_committed_step_size")] == 0
-        assert session.latest.value("redline_step_scale") == 1
-    assert len(session.interventions) == 1

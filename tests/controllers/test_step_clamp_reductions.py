@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_clamp_runs import Run, batch, prepared
-from step_lengths import BATCH, CLASSES, assert_scaled, normalizing, sgd, spreads
+from step_lengths import BATCH, CLASSES, assert_scaled, normalizing, spreads
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch_optimizers import sgd
 
 from redline import StepClamp
 from redline.numerics import normalized_step_size

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from bits import frozen
 from step_clamp_runs import Answering, Run, batch
-from step_lengths import CLASSES, plain, sgd
+from step_lengths import CLASSES, plain
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch_optimizers import sgd
 
 from redline import ConfigurationError, NonFiniteGuard, RedlineWarning, SpikeGuard, StepClamp
 from redline.integrations.lightning import RedlineCallback

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from technique_runs import Blocks, R, batch, every_step, reference, sgd
 from torch import nn
 from torch.optim import Optimizer
+from torch_optimizers import muon_and_adamw
 
 import redline
 
@@ -24,14 +25,6 @@ def process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
-    parameters = list(model.parameters())
-    return [
-        torch.optim.Muon([parameter for parameter in parameters if parameter.dim() == 2], 0.02),
-        torch.optim.AdamW([parameter for parameter in parameters if parameter.dim() != 2], 1e-2),
-    ]
 
 
 def plain(model: nn.Module) -> tuple[nn.Module, Callable[[], AbstractContextManager[None]]]:

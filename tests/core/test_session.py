@@ -16,12 +16,12 @@ from session_runs import (
     Keeping,
     Run,
     Watching,
-    muon_and_adamw,
     norm,
     often,
     quiet_machine,  # noqa: F401 around every test
 )
 from torch import Tensor
+from torch_optimizers import muon_and_adamw
 
 import redline
 from redline import ConfigurationError, Need, Readings, Scale, Snapshot, Step

@@ -15,13 +15,13 @@ from session_runs import (
     Run,
     Scaling,
     in_memory,
-    muon_and_adamw,
     often,
     quiet_machine,  # noqa: F401 around every test
     sgd,
 )
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch_optimizers import muon_and_adamw
 
 import redline
 from redline import ConfigurationError, Step

@@ -14,13 +14,13 @@ from session_runs import (
     Scaling,
     Watching,
     in_memory,
-    muon_and_adamw,
     norm,
     often,
     quiet_machine,  # noqa: F401 around every test
 )
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch_optimizers import muon_and_adamw
 
 import redline
 from redline import Readings, RedlineWarning, Snapshot, Step, metrics

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from bits import frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch_optimizers import adamw_foreach, adamw_fused, muon_and_adamw, sgd
 
 import redline
 from redline import NonFiniteGuard
@@ -38,33 +39,12 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.norm(self.body(x))))
 
 
-def sgd(model: nn.Module) -> list[Optimizer]:
-    return [torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)]
-
-
 def sgd_fused(model: nn.Module) -> list[Optimizer]:
     return [torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2, fused=True)]
 
 
 def adamw(model: nn.Module) -> list[Optimizer]:
     return [torch.optim.AdamW(model.parameters(), 1e-2, foreach=False)]
-
-
-def adamw_foreach(model: nn.Module) -> list[Optimizer]:
-    return [torch.optim.AdamW(model.parameters(), 1e-2, foreach=True)]
-
-
-def adamw_fused(model: nn.Module) -> list[Optimizer]:
-    return [torch.optim.AdamW(model.parameters(), 1e-2, fused=True)]
-
-
-def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
-    """The weights ``body.weight`` and ``head.weight`` belong to Muon, all else to AdamW."""
-    parameters = list(model.parameters())
-    return [
-        torch.optim.Muon([parameter for parameter in parameters if parameter.dim() == 2], 0.02),
-        torch.optim.AdamW([parameter for parameter in parameters if parameter.dim() != 2], 1e-2),
-    ]
 
 
 EVERY_OPTIMIZER = pytest.mark.parametrize(

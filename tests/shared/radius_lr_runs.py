@@ -7,21 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from step_lengths import (
-    BATCH,
-    CLASSES,
-    FEATURES,
-    LengthRun,
-    adamw,
-    adamw_fused,
-    dropping,
-    muon_and_adamw,
-    normalizing,
-    plain,
-    sgd,
-)
+from step_lengths import BATCH, CLASSES, FEATURES, LengthRun, dropping, normalizing, plain
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch_optimizers import adamw, adamw_fused, muon_and_adamw, sgd
 
 from redline import RadiusLR
 

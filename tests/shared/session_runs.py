@@ -96,14 +96,6 @@ def sgd(model: nn.Module) -> list[Optimizer]:
     return [torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)]
 
 
-def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
-    parameters = list(model.parameters())
-    return [
-        torch.optim.Muon([parameter for parameter in parameters if parameter.dim() == 2], 0.02),
-        torch.optim.AdamW([parameter for parameter in parameters if parameter.dim() != 2], 1e-2),
-    ]
-
-
 class Run:
     """A model with its optimizers; two made alike are alike."""
 

@@ -1,10 +1,13 @@
-"""What the tests of spectra share: random matrices, their top singular value by a full decomposition in float64."""
+"""What the tests of spectra share: matrices, their top singular value by a full decomposition, what was converted."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ACCURACY = 1e-4  # relative error of sigma_1 that Redline promises
 
@@ -35,3 +38,16 @@ def true_sigma(matrix: Tensor) -> float:
 def relative_error(estimate: Tensor, matrix: Tensor) -> float:
     sigma = true_sigma(matrix)
     return abs(float(estimate) - sigma) / sigma
+
+
+class LargestConversion(TorchDispatchMode):
+    """Elements of the largest tensor that was converted from half precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == "aten::_to_copy" and isinstance(args[0], Tensor) and args[0].dtype == torch.bfloat16:
+            self.elements = max(self.elements, args[0].numel())
+        return func(*args, **(kwargs or {}))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR
 from torch.utils._pytree import tree_map
+from torch_optimizers import adamw_fused, muon_and_adamw
 
 import redline
 
@@ -43,20 +44,8 @@ def adamw_foreach(model: nn.Module) -> list[Optimizer]:
     return [torch.optim.AdamW(model.parameters(), 1e-2, foreach=True, amsgrad=True)]
 
 
-def adamw_fused(model: nn.Module) -> list[Optimizer]:
-    return [torch.optim.AdamW(model.parameters(), 1e-2, fused=True)]
-
-
 def adamw_with_a_rate_in_a_tensor(model: nn.Module) -> list[Optimizer]:
     return [torch.optim.AdamW(model.parameters(), torch.tensor(1e-2), foreach=False)]
-
-
-def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
-    parameters = list(model.parameters())
-    return [
-        torch.optim.Muon([parameter for parameter in parameters if parameter.dim() == 2], 0.02),
-        torch.optim.AdamW([parameter for parameter in parameters if parameter.dim() != 2], 1e-2),
-    ]
 
 
 EVERY_OPTIMIZER = pytest.mark.parametrize(

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from step_lengths import BATCH, CLASSES, FEATURES, LengthRun, adamw, adamw_fused, muon_and_adamw, plain, sgd
+from step_lengths import BATCH, CLASSES, FEATURES, LengthRun, plain
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch_optimizers import adamw, adamw_fused, muon_and_adamw, sgd
 
 EVERY_OPTIMIZER = pytest.mark.parametrize(
     "optimizers", [sgd, adamw, adamw_fused, muon_and_adamw], ids=lambda make: make.__name__

@@ -13,6 +13,7 @@ from runs import ControlledRun
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.optim import Optimizer
+from torch_optimizers import sgd
 
 import redline
 
@@ -29,26 +30,6 @@ def dropping() -> nn.Module:
 
 def normalizing() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, CLASSES))
-
-
-def sgd(model: nn.Module) -> list[Optimizer]:
-    return [torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)]
-
-
-def adamw(model: nn.Module) -> list[Optimizer]:
-    return [torch.optim.AdamW(model.parameters(), 1e-2)]
-
-
-def adamw_fused(model: nn.Module) -> list[Optimizer]:
-    return [torch.optim.AdamW(model.parameters(), 1e-2, fused=True)]
-
-
-def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
-    parameters = list(model.parameters())
-    return [
-        torch.optim.Muon([parameter for parameter in parameters if parameter.dim() == 2], 0.02),
-        torch.optim.AdamW([parameter for parameter in parameters if parameter.dim() != 2], 1e-2),
-    ]
 
 
 def spreads(model: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor], x: Tensor) -> np.ndarray:

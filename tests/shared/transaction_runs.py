@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from bits import frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch_optimizers import adam, adamw_foreach, adamw_fused, muon_and_adamw, sgd
 
 import redline
 from redline import Need, Scale, Step, Withhold
@@ -103,30 +104,6 @@ class Descent(Optimizer):
 
     def move(self, parameter: Tensor, group: dict[str, Any]) -> None:
         parameter -= group["lr"] * parameter.grad
-
-
-def sgd(model: nn.Module) -> list[Optimizer]:
-    return [torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)]
-
-
-def adam(model: nn.Module) -> list[Optimizer]:
-    return [torch.optim.Adam(model.parameters(), 1e-2)]
-
-
-def adamw_foreach(model: nn.Module) -> list[Optimizer]:
-    return [torch.optim.AdamW(model.parameters(), 1e-2, foreach=True)]
-
-
-def adamw_fused(model: nn.Module) -> list[Optimizer]:
-    return [torch.optim.AdamW(model.parameters(), 1e-2, fused=True)]
-
-
-def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
-    parameters = list(model.parameters())
-    return [
-        torch.optim.Muon([parameter for parameter in parameters if parameter.dim() == 2], 0.02),
-        torch.optim.AdamW([parameter for parameter in parameters if parameter.dim() != 2], 1e-2),
-    ]
 
 
 EVERY_OPTIMIZER = pytest.mark.parametrize("optimizers", [sgd, adam, adamw_foreach, adamw_fused, muon_and_adamw])

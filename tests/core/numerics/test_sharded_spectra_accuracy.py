@@ -7,9 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_ranks import Ranks, even, every_way, in_blocks, in_columns, in_rows, parts_of, the_same
-from spectral_matrices import ACCURACY, gaussian, relative_error, true_sigma, watched_and_unwatched, with_spectrum
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from spectral_matrices import (
+    ACCURACY,
+    LargestConversion,
+    gaussian,
+    relative_error,
+    true_sigma,
+    watched_and_unwatched,
+    with_spectrum,
+)
 
 from redline.numerics import SpectralEstimate, spectra, top_singular_values
 from redline.numerics.sharded_spectra import sharded_top_singular_values
@@ -147,19 +153,6 @@ def test_under_autocast_nothing_is_rounded() -> None:
 
     ranks = Ranks(2)
     assert relative_error(the_same(ranks.run(on)).sigma[0], matrix) < ACCURACY
-
-
-class LargestConversion(TorchDispatchMode):
-    """Elements of the largest tensor that was converted from half precision."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name() == "aten::_to_copy" and isinstance(args[0], Tensor) and args[0].dtype == torch.bfloat16:
-            self.elements = max(self.elements, args[0].numel())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("how", ["rows", "columns", "blocks"])

@@ -2,23 +2,10 @@
 
 import pytest
 import torch
+from spectral_matrices import LargestConversion
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from redline.numerics import spectra, top_singular_values
-
-
-class LargestConversion(TorchDispatchMode):
-    """Elements of the largest tensor that was converted from half precision."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name() == "aten::_to_copy" and isinstance(args[0], Tensor) and args[0].dtype == torch.bfloat16:
-            self.elements = max(self.elements, args[0].numel())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("shape", [(600, 200), (200, 600), (70, 3000), (3000, 70)])

@@ -10,7 +10,8 @@ import torch
 from bits import assert_same_bits
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transaction_runs import Deciding, Descent, Run, adam, assert_scaled, norm, scaling, withholding
+from torch_optimizers import adam
+from transaction_runs import Deciding, Descent, Run, assert_scaled, norm, scaling, withholding
 
 import redline
 from redline import ConfigurationError, Scale

@@ -9,7 +9,8 @@ import torch
 from bits import assert_same_bits, frozen
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transaction_runs import EVERY_OPTIMIZER, Deciding, Joint, Linear, Run, assert_scaled, norm, prepared, scaling, sgd
+from torch_optimizers import sgd
+from transaction_runs import EVERY_OPTIMIZER, Deciding, Joint, Linear, Run, assert_scaled, norm, prepared, scaling
 
 import redline
 from redline import ConfigurationError, Need, Scale, Step

@@ -6,7 +6,8 @@ import pytest
 import torch
 from bits import assert_same_bits
 from torch import Tensor
-from transaction_runs import Deciding, Run, assert_scaled, at, muon_and_adamw, prepared, scaling, withholding
+from torch_optimizers import muon_and_adamw
+from transaction_runs import Deciding, Run, assert_scaled, at, prepared, scaling, withholding
 
 from redline import Reject
 

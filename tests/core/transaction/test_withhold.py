@@ -9,7 +9,8 @@ import torch
 from bits import assert_same_bits
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transaction_runs import EVERY_OPTIMIZER, Deciding, Joint, Run, adam, muon_and_adamw, prepared, withholding
+from torch_optimizers import adam, muon_and_adamw
+from transaction_runs import EVERY_OPTIMIZER, Deciding, Joint, Run, prepared, withholding
 
 import redline
 from redline import Need, Step, Withhold
