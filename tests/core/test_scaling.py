@@ -95,7 +95,7 @@ def test_other_dtypes_and_devices_make_no_difference(build: Callable[[int], nn.M
         (With(2, 3, 8, 16), {"p"}),
         (With(1, 16, 7, 7), set()),
     ],
-    ids=str,
+    ids=lambda given: "_".join(sorted(given)) or "none" if isinstance(given, set) else str(given),
 )
 def test_at_a_width_of_16(module: nn.Module, expected: set[str]):
     assert matrix_like(module, 16) == expected
