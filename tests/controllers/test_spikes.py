@@ -137,7 +137,9 @@ def spiked(load_example: Any) -> Any:
     return load_example("studies/spiked")
 
 
-@pytest.mark.parametrize("held", [False, True], ids=["one step", "held to the end"])
+@pytest.mark.parametrize(
+    "held", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one step", "held to the end"]
+)
 @pytest.mark.parametrize("model", ["Transformer", "MLP+LN"])
 def test_clamps_keep_the_accuracy_of_the_unspiked_twin(spiked: Any, model: str, held: bool) -> None:
     twin = spiked.train(model, "plain", 0, steps=STEPS)["accuracy"]
@@ -150,6 +152,7 @@ def test_clamps_keep_the_accuracy_of_the_unspiked_twin(spiked: Any, model: str, 
     assert found["clip"] < 0.75
 
 
+@pytest.mark.slow
 def test_clamps_keep_the_training_loss_of_a_convolutional_nets_twin(spiked: Any) -> None:
     twin = spiked.train("CNN+BN", "plain", 0, steps=65)["loss"]
     found = {

@@ -59,7 +59,9 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize(
+    "kind", ["adamw", "muon", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sgdw", "lion"))]
+)
 def test_over_5000_steps_every_matrix_stays_under_the_reported_ceiling_and_without_the_clamp_one_does_not(
     kind: str,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from composition_runs import radius_lr
@@ -49,6 +50,7 @@ def test_it_is_held_beside_a_radius_that_sets_the_rate() -> None:
     np.testing.assert_allclose(held, 2.0, rtol=0.06)
 
 
+@pytest.mark.slow
 def test_beside_steps_of_a_whole_radius_it_makes_nothing_worse() -> None:
     """The radius changes much from step to step, and what is decayed with it."""
     target = 3.0
