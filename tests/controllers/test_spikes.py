@@ -1,8 +1,8 @@
 """A rate a thousand times too high, on the byte-level language model: with the clamp the run goes on, without it dies.
 
 Each optimizer trains one run up to the spike; the courses that are compared go on from copies of it, on the same
-batches. The grid of published figures is examples/studies/spike_grid.py, whose own tests hold its short form; here it is
-held closer (slow), and Lightning to the same.
+batches. The grid of published figures is examples/studies/spike_grid.py, whose own tests hold its short form; here it
+is held closer (slow), and Lightning to the same.
 """
 
 from __future__ import annotations

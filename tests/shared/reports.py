@@ -1,8 +1,11 @@
-"""Stability reports of made-up runs."""
+"""Stability reports of made-up runs, and what is printed of one."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Console
 
 from redline.history import RunHistory
 from redline.interventions import Tally
@@ -15,6 +18,13 @@ R, LOSS = "redline_normalized_step_size", "redline_loss"
 
 def series(key: Key) -> Series:
     return Series(key) if isinstance(key, str) else Series(key[0], (key[1],))
+
+
+def shown(report: StabilityReport) -> str:
+    """The report as printed, on lines as long as it takes."""
+    console = Console(record=True, width=400, file=io.StringIO())
+    console.print(report)
+    return console.export_text()
 
 
 def report_of(
