@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -41,18 +40,19 @@ from redline.numerics.spectra import (
     _by_columns,
     _by_rows,
     _eigenpairs,
+    _Found,
     _gram,
     _has_settled,
     _most_iterations,
     _next_block,
-    _residuals,
+    _precision,
+    _ritz_pairs,
     _starting_block,
     _told,
 )
 
 _AT_ONCE = 1 << 26  # numbers of Krylov spaces and their images: a quarter of a gigabyte
 
-_Found: TypeAlias = tuple[Tensor, Tensor, int, Tensor | None]  # sigma, residual, passes, vectors
 _Rounds: TypeAlias = Generator[Tensor, Tensor, _Found]
 """The measurement of one matrix: yields what this rank adds to a sum, and is sent the sum."""
 
@@ -190,39 +190,37 @@ def _at_once(shard: MatrixShard, watched: bool) -> _Rounds:
 def _in_rounds(
     shard: MatrixShard, start: Tensor | None, seed: int, rank: int, most: int, tolerance: float, watched: bool
 ) -> _Rounds:
-    """The block Krylov iteration of ``spectra.py``, with ``A^T A`` in the Ritz values where that has ``A``."""
+    """The block Krylov iteration of ``spectra.py``."""
     n, device, dtype = shard.side, shard.block.device, _precision(shard.block)
     generator = torch.Generator(device).manual_seed(seed)
     start = None if start is None else start.mT.to(device, torch.float64)
-    begin = partial(_starting_block, n, start, rank, generator, torch.empty(0, dtype=torch.float64, device=device))
-    newest = begin().to(dtype)
-    basis, returns = newest, []
+    basis = newest = _starting_block(start, (rank + _FRESH, n), generator, torch.float64).to(dtype)
+    returns, rounds = basis[:0], 0
     while True:
-        returns.append((yield from _there_and_back(shard, newest)))
-        q, z = basis.double(), torch.cat(returns).double()
-        gram = z @ q.mT
-        theta, coefficients = _eigenpairs((gram + gram.mT) / 2, rank, watched)
-        residuals = _residuals(theta, coefficients, q, z)
-        last = len(returns) == most or len(basis) >= n
-        if last or (watched and len(returns) >= _LEAST_ITERATIONS):
-            stop = last or _has_settled(theta, residuals, tolerance)
+        back = yield from _there_and_back(shard, newest)
+        returns = torch.cat([returns, back])
+        rounds += 1
+        last = rounds == most or len(basis) >= n
+        if last or (watched and rounds >= _LEAST_ITERATIONS):
+            theta, coefficients, residuals = _ritz_pairs(basis.double(), returns.double(), rank, watched)
+            stop = last or bool(_has_settled(theta, residuals, tolerance))
             off = torch.linalg.vector_norm(residuals[0])
             all_stop, sigma, residual = yield from _agreed(theta[0], off, stop, dtype)
             if last or bool(all_stop):
                 break
-        newest = _next_block(returns[-1][: n - len(basis)].double(), q, generator, dtype).to(dtype)
+        newest = _next_block(back[: n - len(basis)].double(), basis.double(), generator, dtype).to(dtype)
         basis = torch.cat([basis, newest])
-    vectors = (coefficients[:, : min(n, rank)].mT @ q).mT
+    vectors = coefficients[:, : min(n, rank)].mT @ basis.double()
     # A matrix that is not finite for one step must not take the warm start with it.
-    vectors = torch.where(torch.isfinite(vectors).all(), vectors, begin().mT[:, :rank])
-    return sigma, residual, 2 * len(returns), vectors.to(dtype)
+    vectors = torch.where(torch.isfinite(vectors).all(), vectors, basis[:rank].double())
+    return sigma, residual, 2 * rounds, vectors.mT.to(dtype)
 
 
 def _agreed(
     theta: Tensor, off: Tensor, stop: bool, dtype: torch.dtype
 ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Whether all would stop, ``sigma`` and its relative residual: the same on every rank, to the last bit."""
-    sigma, residual = _told(theta.clamp_min(0.0), off, dtype)
+    sigma, residual = _told(theta, off, dtype)
     stops, ranks = sigma.new_full((), float(stop)), sigma.new_ones(())
     stopping, sigmas, residuals, ranks = (yield torch.stack([stops, sigma, residual, ranks])).unbind()
     return stopping == ranks, sigmas / ranks, residuals / ranks
@@ -253,7 +251,3 @@ def _placed(part: Tensor, first: int, count: int, length: int) -> Tensor:
     return (
         torch.nn.functional.pad(part, (first, length - first - count)) if count else part.new_zeros(len(part), length)
     )
-
-
-def _precision(block: Tensor) -> torch.dtype:
-    return block.dtype if block.dtype in (torch.float32, torch.float64) else torch.float32

@@ -6,7 +6,8 @@ Ritz value ``theta``, an estimate of ``sigma_1^2`` from below, with its vector `
 ``||A^T A v - theta v|| / theta``. The block starts from the top vectors of the last call (warm) and two random ones,
 because a small residual proves *a* singular value, not the largest: they notice when another has grown past it. Vectors
 are kept as rows: products with a few of them at once then take little longer than with one. Where the shorter side is
-short, the Gram matrix is decomposed instead.
+short, the Gram matrix is decomposed instead. Matrices of one shorter side go together: the products are each one's own,
+and everything else, which is small, is done for all of them at once.
 
 Source: Musco & Musco, *Randomized Block Krylov Methods* (arXiv 1504.05477); Kato (1949) and Temple (1928) for
 the bound that stops it; the warm start and the fresh vectors are Redline's own.
@@ -15,8 +16,10 @@ the bound that stops it; the warm start and the fresh vectors are Redline's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,6 +33,9 @@ _FRESH = 2  # random vectors in the block
 _LEADING = 8  # Ritz vectors that the stopping rule takes together at most
 _MARGIN = 0.5  # of the tolerance is asked for: the bound that tells it rests on an estimate
 _TILE = 1 << 20  # elements of a low-precision matrix that are converted at a time
+_AT_ONCE = 1 << 19  # numbers in the blocks, or Gram matrices, of those that go together
+
+_Found: TypeAlias = tuple[Tensor, Tensor, int, Tensor | None]  # sigma, residual, passes, vectors
 
 
 @dataclass(frozen=True)
@@ -92,17 +98,23 @@ def top_singular_values(
         Estimates on the matrices' device. The random vectors come from a generator of this function's own.
     """
     state = state or SpectralState()
-    warm = state.vectors if len(state.vectors) == len(matrices) else (None,) * len(matrices)
-    results = []
-    for index, (matrix, start) in enumerate(zip(matrices, warm, strict=True)):
-        with torch.autocast(matrix.device.type, enabled=False):  # the caller's would round the products
-            found = _top_singular_value(
-                matrix.detach(), start, state.seed + index, rank, iterations, tolerance, watched
-            )
-        results.append(found)
-    if not results:
+    if not matrices:
         return SpectralEstimate(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64), state)
-    sigma, residual, passes, vectors = zip(*results, strict=True)
+    starts = _fitting(state.vectors, matrices, rank)
+    found: dict[int, _Found] = {}
+    for places in _groups(matrices, starts, rank):
+        group = [matrices[place].detach() for place in places]
+        device = group[0].device
+        asks = device.type == "cpu" if watched is None else watched
+        with torch.autocast(device.type, enabled=False):  # the caller's would round the products
+            if min(group[0].shape) <= _SMALL:
+                results = _decomposed(group, asks)
+            else:
+                warm = [start for place in places if (start := starts[place]) is not None]
+                generator = torch.Generator(device).manual_seed(state.seed + places[0])
+                results = _iterated(group, warm, generator, rank, iterations, tolerance, asks)
+        found.update(zip(places, results, strict=True))
+    sigma, residual, passes, vectors = zip(*(found[place] for place in range(len(matrices))), strict=True)
     return SpectralEstimate(
         torch.stack(sigma),
         torch.stack(residual),
@@ -111,49 +123,85 @@ def top_singular_values(
     )
 
 
-def _top_singular_value(
-    matrix: Tensor,
-    start: Tensor | None,
-    seed: int,
+def _fitting(vectors: Sequence[Tensor | None], matrices: Sequence[Tensor], rank: int) -> list[Tensor | None]:
+    """The warm start of each matrix; None where there is none, where it does not fit, and where none is needed."""
+    if len(vectors) != len(matrices):
+        return [None] * len(matrices)
+    sides = [min(matrix.shape) for matrix in matrices]
+    return [
+        start if side > _SMALL and start is not None and start.shape == (side, rank) else None
+        for side, start in zip(sides, vectors, strict=True)
+    ]
+
+
+def _groups(matrices: Sequence[Tensor], starts: Sequence[Tensor | None], rank: int) -> Iterator[list[int]]:
+    """Places of those that go together: of one shorter side and precision, all warm or all cold."""
+    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for place, (matrix, start) in enumerate(zip(matrices, starts, strict=True)):
+        alike[min(matrix.shape), start is None, _precision(matrix), matrix.device].append(place)
+    for places in alike.values():
+        n = min(matrices[places[0]].shape)
+        most = max(1, _AT_ONCE // (n * (n if n <= _SMALL else rank + _FRESH)))
+        for first in range(0, len(places), most):
+            yield places[first : first + most]
+
+
+def _decomposed(matrices: Sequence[Tensor], watched: bool) -> list[_Found]:
+    """Those of one short side, by their Gram matrices."""
+    dtype = _precision(matrices[0])
+    gram = torch.stack([_gram(one if one.shape[0] >= one.shape[1] else one.mT, dtype) for one in matrices])
+    theta, vectors = _eigenpairs(gram, 1, watched)
+    top = theta[:, 0]
+    off = torch.linalg.vector_norm((gram @ vectors - theta[:, None, :] * vectors)[:, :, 0], dim=1)
+    return [(sigma, residual, 2, None) for sigma, residual in zip(*_told(top, off, dtype), strict=True)]
+
+
+def _iterated(
+    matrices: Sequence[Tensor],
+    warm: Sequence[Tensor],
+    generator: torch.Generator,
     rank: int,
     iterations: int | None,
     tolerance: float,
-    watched: bool | None,
-) -> tuple[Tensor, Tensor, int, Tensor | None]:
-    dtype = matrix.dtype if matrix.dtype in (torch.float32, torch.float64) else torch.float32
-    n = min(matrix.shape)
-    watched = matrix.device.type == "cpu" if watched is None else watched
-    if n <= _SMALL:
-        gram = _gram(matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT, dtype)
-        theta, vectors = _eigenpairs(gram, 1, watched)
-        off = torch.linalg.vector_norm(gram @ vectors[:, 0] - theta[0] * vectors[:, 0])
-        return *_told(theta[0], off, dtype), 2, None
+    watched: bool,
+) -> list[_Found]:
+    """Those of one longer side ``n``: each its own products, and all together what is small.
 
-    generator = torch.Generator(matrix.device).manual_seed(seed)
-    start = start.mT.to(matrix.device, dtype) if start is not None and start.shape == (n, rank) else None
+    ``warm``: their starts, or none. Which of them go on after a round is asked for watched alone.
+    """
+    n, dtype = min(matrices[0].shape), _precision(matrices[0])
+    start = torch.stack([one.mT.to(generator.device, dtype) for one in warm]) if warm else None
     iterations = _most_iterations(iterations, start is not None, watched)
-    like = torch.empty(0, dtype=dtype, device=matrix.device)
-    basis = newest = _starting_block(n, start, rank, generator, like)
-    images: list[Tensor] = []  # (A q)^T for the rows q of the basis, block by block
-    returns: list[Tensor] = []  # (A^T A q)^T
+    going = list(range(len(matrices)))
+    found: dict[int, _Found] = {}
+    basis = newest = _starting_block(start, (len(matrices), rank + _FRESH, n), generator, dtype)
+    returns = basis[:, :0]  # A^T A q for the rows q of the basis: both (matrices that go on, rows, n)
     while True:
-        image, back = _there_and_back(matrix, newest)
-        images.append(image)
-        returns.append(back)
-        y, z = torch.cat(images), torch.cat(returns)
-        theta, coefficients = _eigenpairs((y @ y.mT).double(), rank, watched)
-        residuals = _residuals(theta, coefficients, basis, z)
-        if len(images) == iterations or len(basis) + len(newest) > n:
-            break
-        if watched and len(images) >= _LEAST_ITERATIONS and _has_settled(theta, residuals, tolerance):
-            break
+        back = torch.stack([_there_and_back(matrices[place], x) for place, x in zip(going, newest, strict=True)])
+        returns = torch.cat([returns, back], dim=1)
+        rounds = returns.shape[1] // back.shape[1]
+        last = rounds == iterations or basis.shape[1] + newest.shape[1] > n
+        if last or (watched and rounds >= _LEAST_ITERATIONS):
+            theta, coefficients, residuals = _ritz_pairs(basis, returns, rank, watched)
+            ends = [True] * len(going) if last else _has_settled(theta, residuals, tolerance).tolist()
+            vectors = coefficients[:, :, :rank].mT.to(dtype) @ basis
+            # A matrix that is not finite for one step must not take the warm start with it.
+            vectors = torch.where(torch.isfinite(vectors).all((1, 2), keepdim=True), vectors, basis[:, :rank])
+            sigma, residual = _told(theta[:, 0], torch.linalg.vector_norm(residuals[:, 0], dim=1), dtype)
+            for index in (index for index, end in enumerate(ends) if end):
+                found[going[index]] = sigma[index], residual[index], 2 * rounds, vectors[index].mT.clone()
+            on = [index for index, end in enumerate(ends) if not end]
+            if not on:
+                return [found[place] for place in range(len(matrices))]
+            if len(on) < len(going):
+                going, basis, returns, back = [going[index] for index in on], basis[on], returns[on], back[on]
         newest = _next_block(back, basis, generator)
-        basis = torch.cat([basis, newest])
-    vectors = (coefficients[:, :rank].to(dtype).mT @ basis).mT
-    # A matrix that is not finite for one step must not take the warm start with it.
-    keep = _starting_block(n, start, rank, generator, like).mT[:, :rank]
-    vectors = torch.where(torch.isfinite(vectors).all(), vectors, keep)
-    return *_told(theta[0], torch.linalg.vector_norm(residuals[0]), dtype), 2 * len(images), vectors
+        basis = torch.cat([basis, newest], dim=1)
+
+
+def _precision(matrix: Tensor) -> torch.dtype:
+    """What a matrix is computed in."""
+    return matrix.dtype if matrix.dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def _most_iterations(asked: int | None, warm: bool, watched: bool) -> int:
@@ -164,6 +212,7 @@ def _most_iterations(asked: int | None, warm: bool, watched: bool) -> int:
 
 def _told(theta: Tensor, off: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``sigma`` and its relative residual."""
+    theta = theta.clamp_min(0.0)  # of nothing but rounding
     return theta.sqrt().to(dtype), torch.where(theta == 0, 0.0, off / theta).to(dtype)
 
 
@@ -176,24 +225,25 @@ def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return gram.double()
 
 
-def _starting_block(n: int, start: Tensor | None, rank: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    fresh = torch.randn(
-        rank + _FRESH if start is None else _FRESH, n, generator=generator, dtype=like.dtype, device=like.device
-    )
-    return _orthonormal(fresh if start is None else torch.cat([start, fresh]))
+def _starting_block(
+    start: Tensor | None, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    """Orthonormal rows, ``(..., rows, n)``: those of the warm start, ``(..., rank, n)``, and random ones."""
+    block = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+    if start is not None:
+        block[..., : start.shape[-2], :] = start
+    return _orthonormal(block)
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
     return torch.linalg.qr(rows.mT).Q.mT
 
 
-def _there_and_back(matrix: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(A q)^T`` and ``(A^T A q)^T`` for the rows ``q`` of ``x``; ``A`` is the matrix with its longer side first."""
+def _there_and_back(matrix: Tensor, x: Tensor) -> Tensor:
+    """``A^T A q`` for the rows ``q`` of ``x``, ``(b, n)``; ``A`` is the matrix with its longer side first."""
     if matrix.shape[0] < matrix.shape[1]:
-        y = _by_columns(matrix, x)
-        return y, _by_rows(matrix, y)
-    y = _by_rows(matrix, x)
-    return y, _by_columns(matrix, y)
+        return _by_rows(matrix, _by_columns(matrix, x))
+    return _by_columns(matrix, _by_rows(matrix, x))
 
 
 def _by_rows(matrix: Tensor, x: Tensor) -> Tensor:
@@ -229,35 +279,41 @@ def _next_block(
     counted from there: were the basis not orthogonal, the Ritz value would exceed the singular value.
     """
     tiny = torch.finfo(block.dtype).tiny
-    block = block / block.abs().amax().clamp_min(tiny)  # the squares of large entries would overflow
-    block = block / torch.linalg.vector_norm(block, dim=1).amax().clamp_min(tiny)
+    block = block / block.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)  # squares of large entries would overflow
+    block = block / torch.linalg.vector_norm(block, dim=-1, keepdim=True).amax(-2, keepdim=True).clamp_min(tiny)
     q, triangle = torch.linalg.qr((block - (block @ basis.mT) @ basis).mT)
-    noise = triangle.diagonal().abs() <= 100 * torch.finfo(precision or block.dtype).eps
+    noise = triangle.diagonal(dim1=-2, dim2=-1).abs() <= 100 * torch.finfo(precision or block.dtype).eps
     fresh = torch.randn(block.shape, generator=generator, dtype=block.dtype, device=block.device)
-    block = torch.where(noise[:, None], fresh, q.mT)
+    block = torch.where(noise[..., None], fresh, q.mT)
     for _ in range(2):
         block = _orthonormal(block - (block @ basis.mT) @ basis)
     return block
 
 
+def _ritz_pairs(basis: Tensor, returns: Tensor, rank: int, watched: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Ritz values, largest first; their vectors' coefficients in the basis, as columns; their residuals, as rows.
+
+    ``returns``: ``A^T A q`` for the rows ``q`` of the basis. What comes of them is float64, since squares of small
+    matrices would vanish; unwatched, ``rank`` pairs.
+    """
+    gram = (returns @ basis.mT).double()
+    theta, coefficients = _eigenpairs((gram + gram.mT) / 2, rank, watched)
+    rows = coefficients.mT.to(basis.dtype)
+    return theta, coefficients, (rows @ returns).double() - theta[..., None] * (rows @ basis).double()
+
+
 def _eigenpairs(gram: Tensor, rank: int, watched: bool) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of a Gram matrix, largest first, and their vectors as columns.
+    """Eigenvalues of Gram matrices, ``(..., k, k)``, largest first, and their vectors as columns.
 
     All of them; unwatched, ``rank``.
     """
     if not watched:
         vectors = _top_vectors_by_squaring(gram, rank)
-    elif bool(gram.isfinite().all()):
-        vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)
     else:
-        vectors = torch.full_like(gram, math.nan)
-    return (vectors * (gram @ vectors)).sum(0), vectors
-
-
-def _residuals(theta: Tensor, coefficients: Tensor, basis: Tensor, z: Tensor) -> Tensor:
-    """``A^T A v - theta v`` of the Ritz vectors, as rows; in float64, since squares of small matrices would vanish."""
-    narrow = coefficients.mT.to(z.dtype)
-    return (narrow @ z).double() - theta[:, None] * (narrow @ basis).double()
+        finite = gram.isfinite().all((-2, -1), keepdim=True)
+        vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0)).eigenvectors.flip(-1)
+        vectors = torch.where(finite, vectors, math.nan)
+    return (vectors * (gram @ vectors)).sum(-2), vectors
 
 
 def _top_vectors_by_squaring(gram: Tensor, rank: int) -> Tensor:
@@ -267,17 +323,20 @@ def _top_vectors_by_squaring(gram: Tensor, rank: int) -> Tensor:
     for _ in range(rank):
         power = rest
         for _ in range(_SQUARINGS):
-            power = power / torch.linalg.vector_norm(power).clamp_min(tiny)  # not the trace: noise has any
+            power = power / torch.linalg.matrix_norm(power, keepdim=True).clamp_min(
+                tiny
+            )  # not the trace: noise has any
             power = power @ power
-        column = power.index_select(1, power.diagonal().argmax().reshape(1)).squeeze(1)
-        vectors.append(column / torch.linalg.vector_norm(column).clamp_min(tiny))
+        largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+        column = power.take_along_dim(largest, dim=-1)
+        vectors.append(column / torch.linalg.vector_norm(column, dim=-2, keepdim=True).clamp_min(tiny))
         # Deflate on both sides: the next top vector is that of what is left.
-        rest = rest - torch.outer(rest @ vectors[-1], vectors[-1])
-        rest = rest - torch.outer(vectors[-1], vectors[-1] @ rest)
-    return torch.stack(vectors, dim=1)
+        rest = rest - (rest @ vectors[-1]) @ vectors[-1].mT
+        rest = rest - vectors[-1] @ (vectors[-1].mT @ rest)
+    return torch.cat(vectors, dim=-1)
 
 
-def _has_settled(theta: Tensor, residuals: Tensor, tolerance: float) -> bool:
+def _has_settled(theta: Tensor, residuals: Tensor, tolerance: float) -> Tensor:
     """Whether what the top Ritz value may still gain is below the tolerance.
 
     With ``Theta`` the values of the leading ``k`` Ritz vectors, ``R`` their residuals, and ``c < theta_1`` above all
@@ -286,15 +345,17 @@ def _has_settled(theta: Tensor, residuals: Tensor, tolerance: float) -> bool:
     vectors among them, and the best ``k`` counts: ``c`` is estimated, not proven, since a direction that the basis
     hardly touches can hide, so this is a stopping rule and no certificate. sigma errs by half of what theta does.
     """
-    top = theta[0]
-    if top == 0 or not bool(top.isfinite()):
-        return True
+    top = theta[..., 0]
     overlap = residuals @ residuals.mT
-    ceilings = (theta + overlap.diagonal().sqrt()).flip(0).cummax(0).values.flip(0)
-    for k in range(min(len(residuals) - 1, _LEADING), 0, -1):
-        gap = top - ceilings[k]
-        if gap > 0:
-            bound = torch.linalg.eigvalsh(theta[:k].diag() + overlap[:k, :k] / gap)[-1]
-            if bound - top < _MARGIN * 2 * tolerance * top:
-                return True
-    return False
+    ceilings = theta + overlap.diagonal(dim1=-2, dim2=-1).sqrt()
+    ceilings = ceilings.flip(-1).cummax(-1).values.flip(-1)
+    settled = (top <= 0) | ~top.isfinite()
+    for k in range(min(residuals.shape[-2] - 1, _LEADING), 0, -1):
+        if bool(settled.all()):
+            break
+        gap = top - ceilings[..., k]
+        bound = theta[..., :k].diag_embed() + overlap[..., :k, :k] / gap[..., None, None]
+        told = (gap > 0) & bound.isfinite().all((-2, -1))
+        most = torch.linalg.eigvalsh(torch.where(told[..., None, None], bound, 0.0))[..., -1]
+        settled = settled | (told & (most - top < _MARGIN * 2 * tolerance * top))
+    return settled

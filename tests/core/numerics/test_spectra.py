@@ -18,7 +18,7 @@ from spectral_matrices import (
     with_spectrum,
 )
 
-from redline.numerics import SpectralState, top_singular_values
+from redline.numerics import SpectralState, spectra, top_singular_values
 
 
 def true_residual(matrix: torch.Tensor, vector: torch.Tensor, sigma: torch.Tensor) -> float:
@@ -153,6 +153,44 @@ def test_many_matrices_are_measured_independently_and_in_order():
     errors = [relative_error(sigma, matrix) for sigma, matrix in zip(together.sigma, matrices, strict=True)]
     assert max(errors) < ACCURACY
     assert together.sigma.shape == together.residual.shape == together.passes.shape == (len(matrices),)
+
+
+@watched_and_unwatched
+@pytest.mark.parametrize("at_once", [1, 3 * 6 * 150, None], ids=["one", "three", "all"])
+def test_matrices_that_go_together_are_each_measured_as_if_alone(monkeypatch, watched, at_once):
+    if at_once is not None:
+        monkeypatch.setattr(spectra, "_AT_ONCE", at_once)
+    flat = [gaussian(150 + 10 * seed, 150, seed) for seed in range(4)]
+    quick = [with_spectrum(170, 150, torch.arange(1, 151) ** -2.0, seed).float() for seed in range(4)]
+    broken, zero = torch.full((160, 150), math.nan), torch.zeros(150, 180)
+    small, small_broken = gaussian(20, 150), torch.full((30, 20), math.nan)
+    matrices = [
+        flat[0], quick[0], broken, flat[1], quick[1], zero, quick[2].mT, flat[2], small, quick[3], small_broken, flat[3]
+    ]  # fmt: skip
+    cold = top_singular_values(matrices, watched=watched)
+    for estimate in (cold, top_singular_values(matrices, cold.state, watched=watched)):
+        assert torch.isnan(estimate.sigma).tolist() == [
+            matrix is broken or matrix is small_broken for matrix in matrices
+        ]
+        assert estimate.sigma[5] == 0
+        errors = [
+            relative_error(sigma, matrix)
+            for sigma, matrix in zip(estimate.sigma, matrices, strict=True)
+            if not any(matrix is other for other in (broken, zero, small_broken))
+        ]
+        assert max(errors) < ACCURACY
+    if watched:  # each goes on for as long as it needs
+        assert cold.passes[[0, 3, 7, 11]].min() > cold.passes[[1, 4, 6, 9]].max()
+
+
+@watched_and_unwatched
+def test_a_matrix_that_is_new_starts_cold_beside_those_that_are_warm(watched):
+    matrices = [gaussian(400, 200, seed) for seed in range(4)]
+    vectors = top_singular_values(matrices, watched=watched).state.vectors
+    estimate = top_singular_values(matrices, SpectralState((*vectors[:2], None, vectors[3]), 7), watched=watched)
+    assert estimate.passes[2] > estimate.passes[[0, 1, 3]].max()
+    for sigma, matrix in zip(estimate.sigma, matrices, strict=True):
+        assert relative_error(sigma, matrix) < ACCURACY
 
 
 def test_no_matrix_gives_an_empty_estimate():
