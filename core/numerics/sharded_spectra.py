@@ -39,16 +39,16 @@ from redline.numerics.spectra import (
     SpectralState,
     _by_columns,
     _by_rows,
-    _eigenpairs,
+    _extended,
     _Found,
     _gram,
     _has_settled,
     _most_iterations,
-    _next_block,
     _precision,
     _ritz_pairs,
     _starting_block,
     _told,
+    _top_and_residual,
 )
 
 _AT_ONCE = 1 << 26  # numbers of Krylov spaces and their images: a quarter of a gigabyte
@@ -181,9 +181,7 @@ def _at_once(shard: MatrixShard, watched: bool) -> _Rounds:
     half = yield part[above].to(dtype)
     gram = torch.zeros_like(part).index_put(above, half.double())
     gram = gram + gram.triu(1).mT
-    theta, vectors = _eigenpairs(gram, 1, watched)
-    off = torch.linalg.vector_norm(gram @ vectors[:, 0] - theta[0] * vectors[:, 0])
-    _, sigma, residual = yield from _agreed(theta[0], off, True, dtype)
+    _, sigma, residual = yield from _agreed(*_top_and_residual(gram, watched), True, dtype)
     return sigma, residual, 2, None
 
 
@@ -194,7 +192,7 @@ def _in_rounds(
     n, device, dtype = shard.side, shard.block.device, _precision(shard.block)
     generator = torch.Generator(device).manual_seed(seed)
     start = None if start is None else start.mT.to(device, torch.float64)
-    basis = newest = _starting_block(start, (rank + _FRESH, n), generator, torch.float64).to(dtype)
+    basis = newest = _starting_block(start, (min(n, rank + _FRESH), n), generator, torch.float64).to(dtype)
     returns, rounds = basis[:0], 0
     while True:
         back = yield from _there_and_back(shard, newest)
@@ -208,8 +206,8 @@ def _in_rounds(
             all_stop, sigma, residual = yield from _agreed(theta[0], off, stop, dtype)
             if last or bool(all_stop):
                 break
-        newest = _next_block(back[: n - len(basis)].double(), basis.double(), generator, dtype).to(dtype)
-        basis = torch.cat([basis, newest])
+        whole = _extended(basis.double(), back[: n - len(basis)].double(), generator, dtype).to(dtype)
+        newest, basis = whole[len(basis) :], whole
     vectors = coefficients[:, : min(n, rank)].mT @ basis.double()
     # A matrix that is not finite for one step must not take the warm start with it.
     vectors = torch.where(torch.isfinite(vectors).all(), vectors, basis[:rank].double())
@@ -217,10 +215,10 @@ def _in_rounds(
 
 
 def _agreed(
-    theta: Tensor, off: Tensor, stop: bool, dtype: torch.dtype
+    theta: Tensor, residual: Tensor, stop: bool, dtype: torch.dtype
 ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Whether all would stop, ``sigma`` and its relative residual: the same on every rank, to the last bit."""
-    sigma, residual = _told(theta, off, dtype)
+    sigma, residual = _told(theta, residual, dtype)
     stops, ranks = sigma.new_full((), float(stop)), sigma.new_ones(())
     stopping, sigmas, residuals, ranks = (yield torch.stack([stops, sigma, residual, ranks])).unbind()
     return stopping == ranks, sigmas / ranks, residuals / ranks

@@ -33,7 +33,7 @@ _FRESH = 2  # random vectors in the block
 _LEADING = 8  # Ritz vectors that the stopping rule takes together at most
 _MARGIN = 0.5  # of the tolerance is asked for: the bound that tells it rests on an estimate
 _TILE = 1 << 20  # elements of a low-precision matrix that are converted at a time
-_AT_ONCE = 1 << 19  # numbers in the blocks, or Gram matrices, of those that go together
+_AT_ONCE = 1 << 18  # numbers in the blocks, or the Gram matrices, of those that go together: 30 bytes of each a round
 
 _Found: TypeAlias = tuple[Tensor, Tensor, int, Tensor | None]  # sigma, residual, passes, vectors
 
@@ -58,7 +58,7 @@ class SpectralEstimate:
 
     Attributes:
         sigma: ``(n,)``, float32 (float64 if a matrix is): ``sigma_1``, NaN for a matrix that is not finite,
-            or whose entries' squares are not (in float32 beyond 1e19).
+            or whose squares are not (in float32 beyond 1e19; below 1e-19 they fade, and it is rough).
         residual: ``(n,)``, ``||A^T A v - sigma^2 v|| / sigma^2``, 0 for a zero matrix.
         passes: ``(n,)``, int64 on the CPU: products with the matrix or its transpose.
         state: pass it to the next call.
@@ -150,10 +150,16 @@ def _decomposed(matrices: Sequence[Tensor], watched: bool) -> list[_Found]:
     """Those of one short side, by their Gram matrices."""
     dtype = _precision(matrices[0])
     gram = torch.stack([_gram(one if one.shape[0] >= one.shape[1] else one.mT, dtype) for one in matrices])
+    told = _told(*_top_and_residual(gram, watched), dtype)
+    return [(sigma, residual, 2, None) for sigma, residual in zip(*told, strict=True)]
+
+
+def _top_and_residual(gram: Tensor, watched: bool) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalue of Gram matrices, ``(..., n, n)``, and its relative residual."""
     theta, vectors = _eigenpairs(gram, 1, watched)
-    top = theta[:, 0]
-    off = torch.linalg.vector_norm((gram @ vectors - theta[:, None, :] * vectors)[:, :, 0], dim=1)
-    return [(sigma, residual, 2, None) for sigma, residual in zip(*_told(top, off, dtype), strict=True)]
+    top, vector = theta[..., 0], vectors[..., :1]
+    off = gram @ vector - top[..., None, None] * vector
+    return top, torch.linalg.vector_norm(off, dim=(-2, -1)) / top
 
 
 def _iterated(
@@ -195,8 +201,8 @@ def _iterated(
                 return [found[place] for place in range(len(matrices))]
             if len(on) < len(going):
                 going, basis, returns, back = [going[index] for index in on], basis[on], returns[on], back[on]
-        newest = _next_block(back, basis, generator)
-        basis = torch.cat([basis, newest], dim=1)
+        basis = _extended(basis, back, generator)
+        newest = basis[:, -back.shape[1] :]
 
 
 def _precision(matrix: Tensor) -> torch.dtype:
@@ -210,10 +216,10 @@ def _most_iterations(asked: int | None, warm: bool, watched: bool) -> int:
     return _MOST_ITERATIONS if watched else _UNWATCHED_ITERATIONS["warm" if warm else "cold"]
 
 
-def _told(theta: Tensor, off: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``sigma`` and its relative residual."""
+def _told(theta: Tensor, residual: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``sigma`` and its relative residual, that of a zero matrix being 0."""
     theta = theta.clamp_min(0.0)  # of nothing but rounding
-    return theta.sqrt().to(dtype), torch.where(theta == 0, 0.0, off / theta).to(dtype)
+    return theta.sqrt().to(dtype), torch.where(theta == 0, 0.0, residual).to(dtype)
 
 
 def _gram(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -232,11 +238,7 @@ def _starting_block(
     block = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
     if start is not None:
         block[..., : start.shape[-2], :] = start
-    return _orthonormal(block)
-
-
-def _orthonormal(rows: Tensor) -> Tensor:
-    return torch.linalg.qr(rows.mT).Q.mT
+    return _extended(block[..., :0, :], block, generator)
 
 
 def _there_and_back(matrix: Tensor, x: Tensor) -> Tensor:
@@ -269,37 +271,44 @@ def _tiles(matrix: Tensor) -> tuple[Tensor, ...]:
     return matrix.split(max(1, _TILE // max(1, matrix.shape[1])))
 
 
-def _next_block(
-    block: Tensor, basis: Tensor, generator: torch.Generator, precision: torch.dtype | None = None
-) -> Tensor:
-    """An orthonormal basis of what the block's rows add to the basis; ``precision``: that the block was computed in.
+def _extended(basis: Tensor, block: Tensor, generator: torch.Generator, precision: torch.dtype | None = None) -> Tensor:
+    """The basis, ``(..., k, n)``, and orthonormal rows for what those of the block add to it.
 
-    Rows that add nothing but rounding (the space is invariant, the rank is exhausted) are drawn anew. One that adds
-    hardly more lies mostly within the basis again once it is normalized, so "twice is enough" (Kahan, Parlett) is
-    counted from there: were the basis not orthogonal, the Ritz value would exceed the singular value.
+    By Gram and Schmidt, a row at a time: LAPACK's QR on accelerators takes one matrix after the other. Rows that add
+    nothing but rounding (the space is invariant, the rank is exhausted) are drawn anew. What one that adds hardly more
+    has within the basis, once it is normalized, is taken out again, and "twice is enough" (Kahan, Parlett): were the
+    basis not orthogonal, the Ritz value would exceed the singular value.
+
+    Args:
+        precision: what the block was computed in, where that is not its own.
     """
     tiny = torch.finfo(block.dtype).tiny
     block = block / block.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)  # squares of large entries would overflow
     block = block / torch.linalg.vector_norm(block, dim=-1, keepdim=True).amax(-2, keepdim=True).clamp_min(tiny)
-    q, triangle = torch.linalg.qr((block - (block @ basis.mT) @ basis).mT)
-    noise = triangle.diagonal(dim1=-2, dim2=-1).abs() <= 100 * torch.finfo(precision or block.dtype).eps
     fresh = torch.randn(block.shape, generator=generator, dtype=block.dtype, device=block.device)
-    block = torch.where(noise[..., None], fresh, q.mT)
-    for _ in range(2):
-        block = _orthonormal(block - (block @ basis.mT) @ basis)
-    return block
+    noise = 100 * torch.finfo(precision or block.dtype).eps
+    first = basis.shape[-2]
+    whole = torch.cat([basis, block], dim=-2)
+    for place, other in enumerate(fresh.split(1, dim=-2), start=first):
+        before, row = whole[..., :place, :], whole[..., place : place + 1, :]
+        row = row - (row @ before.mT) @ before
+        row = torch.where(torch.linalg.vector_norm(row, dim=-1, keepdim=True) <= noise, other, row)
+        row = row / torch.linalg.vector_norm(row, dim=-1, keepdim=True)
+        row = row - (row @ before.mT) @ before
+        whole[..., place : place + 1, :] = row / torch.linalg.vector_norm(row, dim=-1, keepdim=True)
+    return whole
 
 
 def _ritz_pairs(basis: Tensor, returns: Tensor, rank: int, watched: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Ritz values, largest first; their vectors' coefficients in the basis, as columns; their residuals, as rows.
 
-    ``returns``: ``A^T A q`` for the rows ``q`` of the basis. What comes of them is float64, since squares of small
-    matrices would vanish; unwatched, ``rank`` pairs.
+    Residuals are relative to the top value: their squares, and those of a small matrix, would vanish otherwise.
+    Unwatched, ``rank`` pairs. ``returns``: ``A^T A q`` for the rows ``q`` of the basis.
     """
     gram = (returns @ basis.mT).double()
     theta, coefficients = _eigenpairs((gram + gram.mT) / 2, rank, watched)
-    rows = coefficients.mT.to(basis.dtype)
-    return theta, coefficients, (rows @ returns).double() - theta[..., None] * (rows @ basis).double()
+    rows = coefficients.mT / theta[..., :1, None].clamp_min(torch.finfo(basis.dtype).tiny)
+    return theta, coefficients, rows.to(basis.dtype) @ returns - (theta[..., None] * rows).to(basis.dtype) @ basis
 
 
 def _eigenpairs(gram: Tensor, rank: int, watched: bool) -> tuple[Tensor, Tensor]:
@@ -318,14 +327,13 @@ def _eigenpairs(gram: Tensor, rank: int, watched: bool) -> tuple[Tensor, Tensor]
 
 def _top_vectors_by_squaring(gram: Tensor, rank: int) -> Tensor:
     """The same by repeated squaring, where LAPACK would wait for the device, or raise on a NaN."""
-    rest, vectors = gram, []
     tiny = torch.finfo(gram.dtype).tiny
+    rest, vectors = gram / gram.abs().amax((-2, -1), keepdim=True).clamp_min(tiny), []
     for _ in range(rank):
         power = rest
         for _ in range(_SQUARINGS):
-            power = power / torch.linalg.matrix_norm(power, keepdim=True).clamp_min(
-                tiny
-            )  # not the trace: noise has any
+            size = torch.linalg.matrix_norm(power, keepdim=True)  # not the trace: noise has any
+            power = power / size.clamp_min(tiny)
             power = power @ power
         largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
         column = power.take_along_dim(largest, dim=-1)
@@ -337,7 +345,7 @@ def _top_vectors_by_squaring(gram: Tensor, rank: int) -> Tensor:
 
 
 def _has_settled(theta: Tensor, residuals: Tensor, tolerance: float) -> Tensor:
-    """Whether what the top Ritz value may still gain is below the tolerance.
+    """Whether what the top Ritz value may still gain is below the tolerance; the residuals are relative to it.
 
     With ``Theta`` the values of the leading ``k`` Ritz vectors, ``R`` their residuals, and ``c < theta_1`` above all
     eigenvalues of what is orthogonal to them, ``lambda_1 <= lambda_max(Theta + R R^T / (theta_1 - c))``: for ``k = 1``
@@ -346,16 +354,17 @@ def _has_settled(theta: Tensor, residuals: Tensor, tolerance: float) -> Tensor:
     hardly touches can hide, so this is a stopping rule and no certificate. sigma errs by half of what theta does.
     """
     top = theta[..., 0]
-    overlap = residuals @ residuals.mT
+    settled = (top <= 0) | ~top.isfinite()
+    theta = theta / top[..., None]
+    overlap = (residuals @ residuals.mT).double()
     ceilings = theta + overlap.diagonal(dim1=-2, dim2=-1).sqrt()
     ceilings = ceilings.flip(-1).cummax(-1).values.flip(-1)
-    settled = (top <= 0) | ~top.isfinite()
     for k in range(min(residuals.shape[-2] - 1, _LEADING), 0, -1):
         if bool(settled.all()):
             break
-        gap = top - ceilings[..., k]
+        gap = 1 - ceilings[..., k]
         bound = theta[..., :k].diag_embed() + overlap[..., :k, :k] / gap[..., None, None]
         told = (gap > 0) & bound.isfinite().all((-2, -1))
         most = torch.linalg.eigvalsh(torch.where(told[..., None, None], bound, 0.0))[..., -1]
-        settled = settled | (told & (most - top < _MARGIN * 2 * tolerance * top))
+        settled = settled | (told & (most - 1 < _MARGIN * 2 * tolerance))
     return settled

@@ -8,7 +8,7 @@ from simulated_ranks import Ranks, even, in_rows, the_same
 from spectral_matrices import ACCURACY, gaussian, relative_error, watched_and_unwatched, with_spectrum
 from torch import Tensor
 
-from redline.numerics import sharded_spectra, top_singular_values
+from redline.numerics import sharded_spectra, spectra, top_singular_values
 
 
 def test_it_stops_when_all_would(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,13 +34,13 @@ def test_it_stops_when_all_would(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_results_are_the_same_to_the_bit_where_rounding_is_not(
     shape: tuple[int, int], watched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, ranks, matrix = sharded_spectra._eigenpairs, Ranks(3), gaussian(*shape)
+    real, ranks, matrix = spectra._eigenpairs, Ranks(3), gaussian(*shape)
 
     def eigenpairs(*given: object) -> tuple[Tensor, Tensor]:
         theta, vectors = real(*given)  # type: ignore[arg-type]
         return theta * (1 + 1e-6 * ranks.rank), vectors
 
-    monkeypatch.setattr(sharded_spectra, "_eigenpairs", eigenpairs)
+    monkeypatch.setattr(spectra, "_eigenpairs", eigenpairs)
     first, *others = ranks.measure([in_rows(matrix, even(shape[0], 3))], watched=watched)
     for other in others:
         assert torch.equal(first.sigma, other.sigma)
