@@ -194,8 +194,9 @@ def _iterated(
             # A matrix that is not finite for one step must not take the warm start with it.
             vectors = torch.where(torch.isfinite(vectors).all((1, 2), keepdim=True), vectors, basis[:, :rank])
             sigma, residual = _told(theta[:, 0], torch.linalg.vector_norm(residuals[:, 0], dim=1), dtype)
-            for index in (index for index, end in enumerate(ends) if end):
-                found[going[index]] = sigma[index], residual[index], 2 * rounds, vectors[index].mT.clone()
+            for index, place in enumerate(going):
+                if ends[index]:
+                    found[place] = sigma[index], residual[index], 2 * rounds, vectors[index].mT.clone()
             on = [index for index, end in enumerate(ends) if not end]
             if not on:
                 return [found[place] for place in range(len(matrices))]

@@ -11,46 +11,16 @@ from collections.abc import Mapping, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from reports import Key, R
+from reports import report_of_sizes as report_of
 from sinks import Keep
 from torch import nn
 
 import redline
-from redline.history import RunHistory
 from redline.interventions import Tally
-from redline.readings import RunInfo, Series, Snapshot
 from redline.report import KeptSnapshot, StabilityReport, StepSizes
 
-R = "redline_normalized_step_size"
 NAN, INF = math.nan, math.inf
-Key = str | tuple[str, str]
-
-
-def series(key: Key) -> Series:
-    return Series(key) if isinstance(key, str) else Series(key[0], (key[1],))
-
-
-def report_of(
-    step_sizes: Sequence[float] = (),
-    *,
-    values: Mapping[Key, float] | None = None,
-    courses: Mapping[Key, Sequence[tuple[int, float]]] | None = None,
-    interventions: Sequence[Tally] = (),
-    snapshots: Sequence[KeptSnapshot] = (),
-    notes: tuple[str, ...] = (),
-    steps: int | None = None,
-    seconds: float = 2.0,
-) -> StabilityReport:
-    """The report of a run that measured r at every step, and what else is given."""
-    history = RunHistory()
-    for step, value in enumerate(step_sizes):
-        history.record(Series(R), step, value)
-    given = [(step, key, value) for key, course in (courses or {}).items() for step, value in course]
-    for step, key, value in sorted(given, key=lambda one: one[0]):  # as they come in a run
-        history.record(series(key), step, value)
-    last = {series(key): value for key, value in (values or {}).items()}
-    last[Series("redline_steps_total")] = float(len(step_sizes) if steps is None else steps)
-    run = RunInfo("run-1", "0.1", "float32", "single", 1)
-    return StabilityReport.of(Snapshot(9, 0.0, run, last, {}), history, interventions, snapshots, notes, seconds)
 
 
 def sizes_of(step_sizes: Sequence[float], values: Mapping[Key, float] | None = None) -> StepSizes:

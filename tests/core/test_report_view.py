@@ -6,41 +6,19 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
-from reports import Key, R, series, shown
+from reports import Key, report_of_sizes, shown
 from rich.console import Console
 
-from redline.history import RunHistory
 from redline.interventions import Tally
-from redline.readings import RunInfo, Series, Snapshot
 from redline.report import KeptSnapshot, StabilityReport
 
 NAN, INF = math.nan, math.inf
 DASH = "–"
-
-
-def report_of(
-    step_sizes: Sequence[float] = (),
-    *,
-    values: Mapping[Key, float] | None = None,
-    courses: Mapping[Key, Sequence[tuple[int, float]]] | None = None,
-    interventions: Sequence[Tally] = (),
-    snapshots: Sequence[KeptSnapshot] = (),
-    notes: tuple[str, ...] = (),
-    run: str = "run-1",
-) -> StabilityReport:
-    history = RunHistory()
-    for step, value in enumerate(step_sizes):
-        history.record(Series(R), step, value)
-    for key, course in (courses or {}).items():
-        for step, value in course:
-            history.record(series(key), step, value)
-    last = {series(key): value for key, value in (values or {}).items()}
-    last[Series("redline_steps_total")] = 20.0
-    info = RunInfo(run, "0.1", "float32", "single", 1)
-    return StabilityReport.of(Snapshot(19, 0.0, info, last, {}), history, interventions, snapshots, notes, 4.0)
+report_of = partial(report_of_sizes, steps=20, seconds=4.0)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 
 from redline.history import RunHistory
 from redline.interventions import Tally
 from redline.readings import RunInfo, Series, Snapshot
-from redline.report import StabilityReport
+from redline.report import KeptSnapshot, StabilityReport
 
 Key = str | tuple[str, str]
 R, LOSS = "redline_normalized_step_size", "redline_loss"
@@ -35,6 +36,10 @@ def report_of(
     courses: Mapping[Key, Iterable[tuple[int, float]]] | None = None,
     values: Mapping[Key, float] | None = None,
     interventions: Sequence[Tally] = (),
+    snapshots: Sequence[KeptSnapshot] = (),
+    notes: tuple[str, ...] = (),
+    seconds: float = 2.0,
+    run: str = "run-1",
     budget: float | None = None,
 ) -> StabilityReport:
     """Of ``(step, value)`` as measured, in the order of the run, and of last values."""
@@ -44,8 +49,13 @@ def report_of(
         history.record(series(key), step, value)
     last = {series(key): value for key, value in (values or {}).items()}
     last[Series("redline_steps_total")] = float(steps)
-    snapshot = Snapshot(steps - 1, 0.0, RunInfo("run-1", "0.1", "float32", "single", 1), last, {})
-    return StabilityReport.of(snapshot, history, interventions, [], (), 2.0, budget)
+    snapshot = Snapshot(steps - 1, 0.0, RunInfo(run, "0.1", "float32", "single", 1), last, {})
+    return StabilityReport.of(snapshot, history, interventions, snapshots, notes, seconds, budget)
+
+
+def report_of_sizes(step_sizes: Sequence[float] = (), *, steps: int | None = None, **given: Any) -> StabilityReport:
+    """Of a run that measured r at every step, and what else ``report_of`` takes."""
+    return report_of(len(step_sizes) if steps is None else steps, r=enumerate(step_sizes), **given)
 
 
 def tally(controller: str, action: str, count: int, *, by_design: bool = False) -> Tally:
