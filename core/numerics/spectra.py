@@ -96,7 +96,12 @@ def top_singular_values(
 
     Returns:
         Estimates on the matrices' device. The random vectors come from a generator of this function's own.
+
+    Raises:
+        ValueError: if ``rank`` is not from 1 to 127.
     """
+    if not 0 < rank < _SMALL:  # a block of rank + 2 rows must fit the shortest side that is iterated on
+        raise ValueError(f"rank must be from 1 to {_SMALL - 1}, got {rank}: it is how many warm vectors are kept")
     state = state or SpectralState()
     if not matrices:
         return SpectralEstimate(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64), state)

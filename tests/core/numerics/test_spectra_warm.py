@@ -67,6 +67,16 @@ class TestWarmStart:
         warm = top_singular_values([matrix], estimate.state, rank=rank)
         assert relative_error(warm.sigma[0], matrix) < ACCURACY
 
+    @watched_and_unwatched
+    def test_as_many_may_be_kept_as_leave_room_for_the_random_ones(self, watched):
+        matrix = gaussian(140, 129)
+        assert relative_error(top_singular_values([matrix], rank=127, watched=watched).sigma[0], matrix) < ACCURACY
+
+    @pytest.mark.parametrize("rank", [-1, 0, 128])
+    def test_a_rank_that_leaves_none_is_refused(self, rank):
+        with pytest.raises(ValueError, match=f"rank must be from 1 to 127, got {rank}"):
+            top_singular_values([gaussian(200, 160)], rank=rank)
+
     @pytest.mark.parametrize("factor", [3.0, 10.0, 100.0])
     @pytest.mark.parametrize("bulk", ["gap", "linear", "power law"])
     @pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
